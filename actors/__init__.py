@@ -1,0 +1,1 @@
+"""Thin Ray shells around `raymoe` and `placement`: they observe and execute, and decide nothing."""
