@@ -1,0 +1,152 @@
+"""A Ray cluster of our own on this machine: start it quietly, stop it without leaving anything.
+
+`raymoe serve` without `--address` owns everything it starts. The process makes itself the reaper
+of its orphaned descendants, so that the whole tree (raylet, workers, HAProxy) can be found and
+ended even when a process in the middle has died.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import ray
+
+from raymoe.config import RayConfig
+from raymoe.errors import ConfigError
+
+_PR_SET_CHILD_SUBREAPER = 36
+_SOCKET_PATH_LIMIT = 107  # bytes of a unix socket's path on Linux
+_RAY_SOCKET_TAIL = 75  # what Ray appends to its temporary folder, at most
+
+
+class LocalRay:
+    """One private Ray instance: `start()`, then `stop()`, which leaves no process and no file."""
+
+    def __init__(self, config: RayConfig) -> None:
+        self._config = config
+        self.folder = Path(tempfile.mkdtemp(prefix="raymoe-", dir=config.temp_dir))
+        self._env = os.environ.copy()
+        if len(str(self.folder)) + _RAY_SOCKET_TAIL > _SOCKET_PATH_LIMIT:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise ConfigError(
+                f"Ray's temporary folder {self.folder} is too long for its sockets: give a path "
+                f"of at most {_SOCKET_PATH_LIMIT - _RAY_SOCKET_TAIL - 16} bytes in ray.temp_dir"
+            )
+
+    def start(self, num_cpus: float, num_gpus: float, resources: dict[str, float]) -> None:
+        """Starts Ray here with as many logical CPUs as the deployment asks for."""
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        os.environ.update(_environment(self.folder))
+        ray.init(
+            address="local",
+            num_cpus=int(num_cpus + 0.999),
+            num_gpus=int(num_gpus + 0.999) or None,
+            resources=resources or None,
+            include_dashboard=False,
+            object_store_memory=self._config.object_store_bytes,
+            _temp_dir=str(self.folder / "r"),
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+
+    def stop(self, patience_s: float = 6.0) -> None:
+        """Ends Ray and every process below this one, waits for them, removes the folder."""
+        tree = _descendants()
+        if ray.is_initialized():
+            ray.shutdown()
+        _end(tree, patience_s)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    """Variables Ray and Serve read when they start; what the user has set wins."""
+    proxy = folder / "p"
+    wanted = {
+        # One compute thread a process: with more, small operations wait for each other.
+        "OMP_NUM_THREADS": "1",
+        # Ray runs workers at nice 15 by default: anything else on the machine would win.
+        "RAY_worker_niceness": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_METRICS_EXPORT_INTERVAL_MS": "10000",
+        # The gateway writes its own HTTP; HAProxy only spreads connections.
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(proxy / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(proxy / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(proxy),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(proxy / "server-state"),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "2",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.1",
+        "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "0.1",
+    }
+    return {name: value for name, value in wanted.items() if name not in os.environ}
+
+
+def free_port() -> int:
+    """A TCP port of the loopback address that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def check_port_free(host: str, port: int) -> None:
+    """Raises `ConfigError` when `host:port` cannot be listened on."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+            probe.listen(1)
+        except OSError as e:
+            raise ConfigError(
+                f"cannot listen on {host}:{port} ({e.strerror or e}): choose another port with "
+                "--port, or stop what uses it"
+            ) from e
+
+
+def _descendants() -> list[psutil.Process]:
+    return psutil.Process().children(recursive=True)
+
+
+def _end(tree: list[psutil.Process], patience_s: float) -> None:
+    """Waits for `tree` and whatever has joined it; SIGKILLs what is still there after that."""
+    deadline = time.monotonic() + patience_s
+    alive = _still_alive(tree)
+    while alive and time.monotonic() < deadline:
+        psutil.wait_procs(alive, timeout=0.2)
+        alive = _still_alive(tree)
+    for _ in range(20):
+        if not alive:
+            return
+        for process in alive:
+            try:
+                process.send_signal(signal.SIGKILL)
+            except psutil.NoSuchProcess:
+                continue
+        psutil.wait_procs(alive, timeout=0.5)
+        alive = _still_alive(tree)
+
+
+def _still_alive(tree: list[psutil.Process]) -> list[psutil.Process]:
+    """Processes of `tree` and of today's descendants that still run; the dead are reaped."""
+    seen = {p.pid: p for p in [*tree, *_descendants()]}
+    alive = []
+    for process in seen.values():
+        try:
+            if process.status() == psutil.STATUS_ZOMBIE:
+                process.wait(0)
+            else:
+                alive.append(process)
+        except (psutil.NoSuchProcess, psutil.TimeoutExpired):
+            continue
+    return alive

@@ -1,0 +1,235 @@
+"""What can be set, and its defaults: one tree of frozen, checked models.
+
+The same tree comes from `raymoe serve --config FILE.yaml`, from command-line flags on top of it,
+and from the `args` of `serve_app:build` in a Serve config. Unknown names fail. Units end a name.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from raymoe.errors import ConfigError
+
+GIB = 1 << 30
+MIB = 1 << 20
+
+
+class _Checked(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class GroupsConfig(_Checked):
+    """Expert groups of one kind: `count` Ray actors, one a device, alike in everything."""
+
+    kind: str = Field("default", description="name of the kind, shown in status and metrics")
+    count: int = Field(2, ge=1, le=4096, description="how many groups of this kind")
+    memory_bytes: int | None = Field(
+        None, gt=0, description="expert bytes a group may hold; none: its share of the model + 25 %"
+    )
+    device: str = Field("cpu", description="torch device of the experts, e.g. cpu or cuda")
+    num_cpus: float = Field(1.0, ge=0, description="Ray CPUs a group asks for")
+    num_gpus: float = Field(0.0, ge=0, description="Ray GPUs a group asks for")
+    resources: dict[str, float] = Field(
+        default_factory=dict, description="custom Ray resources a group asks for"
+    )
+    label_selector: dict[str, str] = Field(
+        default_factory=dict, description="Ray node labels a group asks for"
+    )
+    slowdown: float = Field(
+        1.0, ge=1.0, description="for tests: the group takes this many times as long"
+    )
+
+
+class RoutersConfig(_Checked):
+    """Router actors: the dense part, the gate, continuous batching."""
+
+    count: int = Field(1, ge=1, le=256, description="how many routers share the groups")
+    num_cpus: float = Field(1.0, ge=0, description="Ray CPUs a router asks for")
+    num_gpus: float = Field(0.0, ge=0, description="Ray GPUs a router asks for")
+    device: str = Field("cpu", description="torch device of the dense part")
+    kv_bytes: int = Field(512 * MIB, gt=0, description="bytes of the paged KV cache")
+    block_tokens: int = Field(16, ge=1, le=1024, description="tokens a KV block holds")
+    max_batch: int = Field(64, ge=1, description="requests in one step at most")
+    chunk_tokens: int = Field(512, ge=1, description="prefill tokens in one step at most")
+    max_context_tokens: int | None = Field(
+        None, ge=1, description="context limit; none: the model's own"
+    )
+    max_waiting: int = Field(1024, ge=0, description="requests a router lets wait before refusing")
+
+
+class GatewayConfig(_Checked):
+    """The OpenAI endpoint (Ray Serve ingress)."""
+
+    host: str = Field("127.0.0.1", description="address the endpoint listens on")
+    port: int = Field(8000, ge=1, le=65535, description="port the endpoint listens on")
+    count: int = Field(1, ge=1, le=256, description="gateway replicas")
+    num_cpus: float = Field(0.5, ge=0, description="Ray CPUs a gateway asks for")
+    model_name: str | None = Field(
+        None, description="name in /v1/models; none: the checkpoint folder's name"
+    )
+    max_in_flight: int = Field(512, ge=1, description="requests at once before answering 429")
+    router_wait_s: float = Field(
+        30.0, ge=0, description="how long a request waits for a router before 503"
+    )
+    request_timeout_s: float = Field(
+        600.0, gt=0, description="a request not finished by then ends with an error"
+    )
+
+
+class DataPlaneConfig(_Checked):
+    """How tokens travel between routers and groups."""
+
+    transport: Literal["auto", "shm", "tcp"] = Field(
+        "auto", description="auto: shared memory within a node, TCP across nodes"
+    )
+    wire_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="dtype of hidden states on the wire"
+    )
+    mode: Literal["partial", "rows"] = Field(
+        "partial",
+        description="partial: groups weight and sum their pairs; rows: one row a pair comes back",
+    )
+    slot_bytes: int = Field(4 * MIB, ge=65536, description="bytes of one message slot of a link")
+    slots: int = Field(4, ge=2, le=64, description="message slots of a link")
+    host: str = Field(
+        "127.0.0.1", description="address the TCP ends listen on; `node`: the Ray node's address"
+    )
+    stall_limit_s: float = Field(
+        30.0, gt=0, description="how long a step waits for an expert without a ready replica"
+    )
+
+
+class PlacementConfig(_Checked):
+    """Where experts go."""
+
+    reserve_experts: int = Field(
+        2, ge=0, description="room for this many of the largest experts is kept free in a group"
+    )
+    interval_s: float = Field(1.0, gt=0, description="the controller looks at the fleet this often")
+    load_timeout_s: float = Field(
+        600.0, gt=0, description="start-up gives up when the experts are not loaded by then"
+    )
+
+
+class RayConfig(_Checked):
+    """The Ray cluster."""
+
+    address: str | None = Field(None, description="cluster to join; none: start Ray locally")
+    temp_dir: str | None = Field(None, description="Ray's temporary folder (a short path)")
+    object_store_bytes: int = Field(
+        100 * MIB, ge=80 * MIB, description="Ray's object store, when started locally"
+    )
+
+
+class DeploymentConfig(_Checked):
+    """One deployment: one model, its groups, routers and gateway."""
+
+    model: str = Field(description="checkpoint folder or Hugging Face id")
+    name: str = Field(
+        "raymoe",
+        pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$",
+        description="deployment name: part of actor names, routes of control, metrics",
+    )
+    groups: tuple[GroupsConfig, ...] = Field(
+        (GroupsConfig(),), description="expert groups by kind (a number: that many, alike)"
+    )
+    routers: RoutersConfig = RoutersConfig()
+    gateway: GatewayConfig = GatewayConfig()
+    data_plane: DataPlaneConfig = DataPlaneConfig()
+    placement: PlacementConfig = PlacementConfig()
+    ray: RayConfig = RayConfig()
+    secret_file: str | None = Field(
+        None,
+        description="file with the deployment secret, the same on every node; none: the variable "
+        "RAYMOE_SECRET, else one is made for a local start",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _number_of_groups(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("groups"), int):
+            return {**data, "groups": ({"count": data["groups"]},)}
+        return data
+
+    @model_validator(mode="after")
+    def _kinds_are_distinct(self) -> DeploymentConfig:
+        kinds = [g.kind for g in self.groups]
+        if not kinds:
+            raise ValueError("groups: at least one kind of group is needed")
+        if len(set(kinds)) != len(kinds):
+            raise ValueError(f"groups: the kinds must differ, got {kinds}")
+        return self
+
+    @property
+    def served_model_name(self) -> str:
+        """The name clients ask for."""
+        return self.gateway.model_name or Path(self.model.rstrip("/")).name
+
+
+def load_config(path: str | None, overrides: dict[str, Any]) -> DeploymentConfig:
+    """The config of a YAML or JSON file (or of nothing) with `overrides` on top.
+
+    `overrides` has dotted names, e.g. {"gateway.port": 8001}. Raises `ConfigError` with one
+    sentence a wrong field.
+    """
+    data: dict[str, Any] = {}
+    if path is not None:
+        try:
+            loaded = yaml.safe_load(Path(path).read_text())
+        except OSError as e:
+            raise ConfigError(f"cannot read the config file {path}: {e.strerror}") from e
+        except yaml.YAMLError as e:
+            raise ConfigError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from e
+        if not isinstance(loaded, dict):
+            raise ConfigError(f"{path} must hold a mapping of settings, e.g. `model: ./my-model`")
+        data = loaded
+    for dotted, value in overrides.items():
+        *parents, leaf = dotted.split(".")
+        node = data
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"{path}: {parent} must be a mapping")
+        node[leaf] = value
+    return parse_config(data, source=path or "command line")
+
+
+def parse_config(data: dict[str, Any], source: str) -> DeploymentConfig:
+    """Checked config from plain data; raises `ConfigError` naming every wrong field."""
+    try:
+        return DeploymentConfig.model_validate(data)
+    except ValidationError as e:
+        wrong = []
+        for error in e.errors():
+            field = ".".join(str(p) for p in error["loc"]) or "config"
+            what = error["msg"].removeprefix("Value error, ")
+            if error["type"] == "extra_forbidden":
+                what = "unknown setting"
+            wrong.append(f"{field}: {what}" if not what.startswith(field) else what)
+        raise ConfigError(f"wrong settings in {source}: " + "; ".join(wrong)) from e
+
+
+def read_secret(config: DeploymentConfig) -> bytes:
+    """The deployment secret, from `secret_file` or RAYMOE_SECRET; raises `ConfigError`."""
+    if config.secret_file is not None:
+        try:
+            secret = Path(config.secret_file).read_bytes().strip()
+        except OSError as e:
+            raise ConfigError(
+                f"cannot read the secret file {config.secret_file}: {e.strerror}"
+            ) from e
+        where = config.secret_file
+    else:
+        secret = os.environ.get("RAYMOE_SECRET", "").encode().strip()
+        where = "RAYMOE_SECRET"
+    if len(secret) < 16:
+        raise ConfigError(
+            f"{where} must hold the deployment secret, 16 bytes or more; make one with "
+            "`python -c 'import secrets; print(secrets.token_hex(32))'`"
+        )
+    return secret
