@@ -1,0 +1,176 @@
+"""One expert's stored bytes: read from the checkpoint, checked, copied between groups.
+
+Needs torch and safetensors only. The record keeps the checkpoint's dtype, so a copy moves no more
+bytes than the file holds, and its checksum is the same in every group.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raymoe.checkpoint.files import WeightFiles
+from raymoe.checkpoint.spec import LayerSpec, ModelSpec, Source
+from raymoe.errors import CheckpointError
+
+Parts = list[torch.Tensor]
+
+
+def _concat(parts: Parts) -> Parts:
+    return [torch.cat(parts, dim=0)]
+
+
+def _transpose(parts: Parts) -> Parts:
+    return [part.t() for part in parts]
+
+
+def _deinterleave(parts: Parts) -> Parts:
+    """Rows g0 u0 g1 u1 ... -> g0 g1 ... u0 u1 ..."""
+    return [torch.cat([part[0::2], part[1::2]]) for part in parts]
+
+
+def _interleave(parts: Parts) -> Parts:
+    """Rows g0 g1 ... u0 u1 ... -> g0 u0 g1 u1 ..."""
+    return [torch.stack(part.chunk(2), dim=1).reshape(part.shape) for part in parts]
+
+
+def _halves(parts: Parts) -> Parts:
+    """Last dim g0 u0 g1 u1 ... -> g0 g1 ... u0 u1 ..."""
+    return [torch.cat([part[..., 0::2], part[..., 1::2]], dim=-1) for part in parts]
+
+
+STEPS: dict[str, Callable[[Parts], Parts]] = {
+    "concat": _concat,
+    "transpose": _transpose,
+    "deinterleave": _deinterleave,
+    "interleave": _interleave,
+    "halves": _halves,
+}
+"""Every step acts on the list of one expert's parts, without the expert dim."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertRecord:
+    """An expert in the resident layout, in the stored dtype; opaque to everything but the shard.
+
+    tensors: by resident name, each contiguous on the CPU
+    """
+
+    tensors: dict[str, torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def checksum(self) -> int:
+        """CRC-32 over the tensors' bytes, in order."""
+        crc = 0
+        for view in self._views():
+            crc = zlib.crc32(view, crc)
+        return crc
+
+    def _views(self) -> list[memoryview]:
+        return [tensor.view(-1).view(torch.uint8).numpy().data for tensor in self.tensors.values()]
+
+    def to_parts(self) -> tuple[bytes, list[memoryview]]:
+        """A header and the payload's pieces, to be sent in this order. No copy is made."""
+        names = [
+            [name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+            for name, tensor in self.tensors.items()
+        ]
+        header = {"tensors": names, "nbytes": self.nbytes, "checksum": self.checksum}
+        return json.dumps(header).encode(), self._views()
+
+    @staticmethod
+    def payload_bytes(header: bytes) -> int:
+        """How many payload bytes follow a header. Raises CheckpointError for a bad header."""
+        return int(_parse(header)["nbytes"])
+
+    @classmethod
+    def from_parts(cls, header: bytes, payload: bytearray | memoryview) -> ExpertRecord:
+        """The record whose parts were sent; its tensors lie in `payload` (writable, not copied).
+
+        Raises CheckpointError when lengths or checksum do not match.
+        """
+        fields = _parse(header)
+        flat = torch.frombuffer(payload, dtype=torch.uint8)
+        if flat.numel() != fields["nbytes"]:
+            raise CheckpointError(
+                f"an expert's record has {flat.numel()} bytes instead of {fields['nbytes']}"
+            )
+        tensors: dict[str, torch.Tensor] = {}
+        at = 0
+        for name, dtype, shape in fields["tensors"]:
+            kind = getattr(torch, dtype)
+            count = kind.itemsize
+            for extent in shape:
+                count *= extent
+            tensors[name] = flat[at : at + count].view(kind).view(shape)
+            at += count
+        record = cls(tensors=tensors)
+        if at != fields["nbytes"] or record.checksum != fields["checksum"]:
+            raise CheckpointError("an expert's record arrived damaged: its checksum differs")
+        return record
+
+
+def _parse(header: bytes) -> dict[str, Any]:
+    try:
+        fields = json.loads(header)
+        int(fields["nbytes"]), int(fields["checksum"])
+        for _, dtype, shape in fields["tensors"]:
+            if dtype not in ("float32", "bfloat16", "float16"):
+                raise ValueError(dtype)
+            if any(type(extent) is not int or extent < 0 for extent in shape):
+                raise ValueError(shape)
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"an expert's record has a malformed header: {error!r}") from None
+    assert isinstance(fields, dict)
+    return fields
+
+
+@lru_cache(maxsize=4)
+def _files(path: str) -> WeightFiles:
+    return WeightFiles(Path(path))
+
+
+def load_expert(spec: ModelSpec, layer: int, expert: int) -> ExpertRecord:
+    """Read one expert, and only its bytes.
+
+    Raises CheckpointError when the expert does not exist or its stored tensors do not fit.
+    """
+    if not 0 <= layer < spec.layers or not 0 <= expert < spec.layer_specs[layer].experts:
+        raise CheckpointError(f"{spec.path} has no expert {expert} in MoE layer {layer}")
+    files, of_layer = _files(spec.path), spec.layer_specs[layer]
+    return ExpertRecord(
+        tensors={
+            source.tensor: _read(files, of_layer, source, expert) for source in of_layer.sources
+        }
+    )
+
+
+def _read(files: WeightFiles, layer: LayerSpec, source: Source, expert: int) -> torch.Tensor:
+    if source.pick == "key":
+        parts = [files.tensor(key.format(expert)) for key in source.keys]
+    elif source.pick == "index":
+        parts = [files.rows(key, expert, expert + 1)[0] for key in source.keys]
+    else:
+        start = expert * source.rows
+        parts = [files.rows(key, start, start + source.rows) for key in source.keys]
+    for step in source.steps:
+        parts = STEPS[step](parts)
+    (tensor,) = parts
+    if tuple(tensor.shape) != source.shape:
+        raise CheckpointError(
+            f"{source.tensor} of expert {expert} of {layer.name} has shape {list(tensor.shape)} "
+            f"instead of {list(source.shape)}"
+        )
+    # A copy of our own: the memory map must not stay referenced by a record.
+    return torch.empty(source.shape, dtype=tensor.dtype).copy_(tensor)
