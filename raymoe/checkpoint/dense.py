@@ -92,13 +92,14 @@ def load_dense(
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
     """transformers' bar would count tensors; the CLI shows progress of its own."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    progress: Any = logging  # its functions carry no types
+    shown = progress.is_progress_bar_enabled()
+    progress.disable_progress_bar()
     try:
         yield
     finally:
         if shown:
-            logging.enable_progress_bar()
+            progress.enable_progress_bar()
 
 
 def _take_out_experts(model: nn.Module) -> None:

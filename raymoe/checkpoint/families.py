@@ -23,10 +23,10 @@ NOT_DECORATED = ("DbrxExperts", "Llama4TextExperts", "LongcatFlashExperts", "Ste
 """Experts modules outside transformers' experts interface that dense.py binds by hand."""
 
 NOT_SOFTMAX = (
-    "mamba", "deltanet", "lightning", "shortconv", "indexer", "compressor", "linearattention",
-    "deltaattention", "zayacca", "ssm", "rwkv", "recurrent", "hyena", "retention",
+    "Mamba", "DeltaNet", "DeltaAttention", "Lightning", "ShortConv", "Indexer", "Compressor",
+    "LinearAttention", "ZayaCCA", "SSM", "Recurrent", "Retention",
 )  # fmt: skip
-"""In a module's lower-case class name: its state is not a KV cache of softmax attention."""
+"""In a module's class name: its state is not a KV cache of softmax attention."""
 
 
 def load_config(path: Path) -> Any:
@@ -80,8 +80,7 @@ def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
 def attention_kind(model: nn.Module) -> Literal["softmax", "other"]:
     """Whether every layer's state is a KV cache of softmax attention."""
     for module in model.modules():
-        name = type(module).__name__.lower()
-        if any(word in name for word in NOT_SOFTMAX):
+        if any(word in type(module).__name__ for word in NOT_SOFTMAX):
             return "other"
     return "softmax"
 
