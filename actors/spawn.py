@@ -7,10 +7,6 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from actors.controller import PlacementController
-from actors.expert_group import ExpertGroup
-from raymoe.config import DeploymentConfig, GroupsConfig
-
 NAMESPACE = "raymoe"
 
 
@@ -24,53 +20,24 @@ def group_name(deployment: str, group_id: str, incarnation: int) -> str:
     return f"raymoe:{deployment}:group:{group_id}:{incarnation}"
 
 
-def find_controller(deployment: str) -> ActorHandle:
-    """Handle of the running controller; raises `ValueError` when there is none."""
-    return ray.get_actor(controller_name(deployment), namespace=NAMESPACE)
+def find(name: str) -> ActorHandle:
+    """Handle of a named actor of ours; raises `ValueError` when there is none."""
+    return ray.get_actor(name, namespace=NAMESPACE)
 
 
-def spawn_controller(config: DeploymentConfig, spec_json: str) -> ActorHandle:
-    """The deployment's controller, started if it is not there yet.
+def names_alive() -> set[str]:
+    """Names of all our actors that run on the cluster."""
+    listed = ray.util.list_named_actors(all_namespaces=True)
+    return {actor["name"] for actor in listed if actor["namespace"] == NAMESPACE}
 
-    Detached, because children of a Serve replica die when Serve redeploys it; restarted by Ray
-    when its process dies, and then it finds its groups again by name.
+
+def spawn(plain: type, name: str, options: dict[str, Any], **arguments: Any) -> ActorHandle:
+    """A detached, named actor of the plain class, or the one that has the name already.
+
+    Detached, because the children of a Serve replica die when Serve redeploys it.
     """
     return (
-        ray.remote(PlacementController)
-        .options(
-            name=controller_name(config.name),
-            namespace=NAMESPACE,
-            lifetime="detached",
-            get_if_exists=True,
-            max_restarts=-1,
-            max_task_retries=0,
-            num_cpus=0,
-            max_concurrency=1000,
-        )
-        .remote(config.model_dump(mode="json"), spec_json)
-    )
-
-
-def spawn_group(
-    config: DeploymentConfig, kind: GroupsConfig, group_id: str, incarnation: int, **kwargs: Any
-) -> ActorHandle:
-    """A new expert-group actor on a node that has what its kind asks for.
-
-    `max_restarts=0`: the controller sees the death of a group that Ray does not restart within
-    milliseconds, and decides itself where its experts come back.
-    """
-    return (
-        ray.remote(ExpertGroup)
-        .options(
-            name=group_name(config.name, group_id, incarnation),
-            namespace=NAMESPACE,
-            lifetime="detached",
-            max_restarts=0,
-            num_cpus=kind.num_cpus,
-            num_gpus=kind.num_gpus,
-            resources=kind.resources or None,
-            label_selector=kind.label_selector or None,
-            max_concurrency=8,
-        )
-        .remote(group_id=group_id, incarnation=incarnation, **kwargs)
+        ray.remote(plain)
+        .options(name=name, namespace=NAMESPACE, lifetime="detached", get_if_exists=True, **options)
+        .remote(**arguments)
     )

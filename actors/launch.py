@@ -1,0 +1,225 @@
+"""`raymoe serve`: bring a deployment up, say what happens, wait for a signal, take it down."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import ray
+from ray import serve
+
+from actors.controller import ensure_controller, find_controller
+from actors.local import LocalRay, check_port_free
+from raymoe.config import DeploymentConfig, read_secret
+from raymoe.errors import ConfigError, RaymoeError
+
+MIB = 1 << 20
+_POLL_S = 0.2
+_STOP_GRACE_S = 5.0
+
+
+class _Stopped(BaseException):
+    """A signal arrived. Not an `Exception`: no library may swallow it."""
+
+
+def launch(
+    config: DeploymentConfig, spec_json: str, summary: str, build: Callable[..., Any]
+) -> int:
+    """Serves until SIGINT or SIGTERM; the exit status. `build` makes the Serve application.
+
+    Raises `ConfigError` (and other `RaymoeError`s) when the deployment cannot come up; whatever
+    was started by then is gone.
+    """
+    check_port_free(config.gateway.host, config.gateway.port)
+    started = time.monotonic()
+    local: LocalRay | None = None
+    with _signals_stop():
+        try:
+            _say(f"raymoe: {summary}")
+            if config.ray.address is None:
+                local = LocalRay(config.ray)
+                config = _with_secret(config, local.folder)
+                _say("starting Ray on this machine")
+                local.start(*_logical_resources(config))
+            else:
+                read_secret(config)
+                _say(f"joining the Ray cluster at {config.ray.address}")
+                ray.init(address=config.ray.address, log_to_driver=False, logging_level="ERROR")
+            controller = ensure_controller(config, spec_json)
+            _deploy(config, build, spec_json)
+            _follow(controller, config)
+            _announce(config, time.monotonic() - started)
+            while True:
+                signal.pause()
+        except _Stopped:
+            _say("stopping")
+        finally:
+            with _signals_ignored():
+                _take_down(config, local)
+    _say("stopped")
+    return 0
+
+
+def _deploy(config: DeploymentConfig, build: Callable[..., Any], spec_json: str) -> None:
+    groups = sum(kind.count for kind in config.groups)
+    _say(
+        f"starting {groups} expert group(s), {config.routers.count} router(s), "
+        f"{config.gateway.count} gateway(s)"
+    )
+    with _quiet_serve():
+        serve.start(http_options={"host": config.gateway.host, "port": config.gateway.port})
+        serve.run_many(
+            [serve.RunTarget(build(config, spec_json), name=config.name, route_prefix="/")],
+            wait_for_ingress_deployment_creation=False,
+            wait_for_applications_running=False,
+        )
+
+
+def _follow(controller: Any, config: DeploymentConfig) -> None:
+    """Waits until the deployment can answer; raises the controller's reason when it cannot."""
+    deadline = time.monotonic() + config.placement.load_timeout_s
+    shown = ""
+    while True:
+        progress = ray.get(controller.progress.remote())
+        if progress["failed"]:
+            raise ConfigError(progress["failed"])
+        if progress["text"] != shown:
+            shown = progress["text"]
+            _say(shown)
+        app = serve.status().applications.get(config.name)
+        if app is not None and app.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            raise ConfigError(f"the Serve application failed to start: {app.message}")
+        if progress["ready"] and app is not None and app.status == "RUNNING" and _healthy(config):
+            return
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"not ready after {config.placement.load_timeout_s:.0f} s "
+                f"(placement.load_timeout_s); last: {shown}"
+            )
+        time.sleep(_POLL_S)
+
+
+def _healthy(config: DeploymentConfig) -> bool:
+    import urllib.error
+    import urllib.request
+
+    try:
+        with urllib.request.urlopen(_url(config) + "/health", timeout=2) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _announce(config: DeploymentConfig, seconds: float) -> None:
+    url, model = _url(config), config.served_model_name
+    _say(f"ready: {url}/v1  model {model!r}  ({seconds:.1f} s)")
+    _say("try:")
+    print(
+        f"  curl {url}/v1/completions -H 'Content-Type: application/json' \\\n"
+        f'    -d \'{{"model": "{model}", "prompt": "In the beginning", "max_tokens": 32}}\'',
+        flush=True,
+    )
+
+
+def _url(config: DeploymentConfig) -> str:
+    host = config.gateway.host
+    if host in ("0.0.0.0", "::"):
+        host = "127.0.0.1"
+    return f"http://{f'[{host}]' if ':' in host else host}:{config.gateway.port}"
+
+
+def _take_down(config: DeploymentConfig, local: LocalRay | None) -> None:
+    if ray.is_initialized():
+        deadline = time.monotonic() + _STOP_GRACE_S
+        with contextlib.suppress(ValueError, ray.exceptions.RayError):
+            controller = find_controller(config.name)
+            ray.get(controller.stop.remote(), timeout=max(0.1, deadline - time.monotonic()))
+            ray.kill(controller)
+        if local is None:
+            with contextlib.suppress(ray.exceptions.RayError), _quiet_serve():
+                serve.delete(config.name)
+            ray.shutdown()
+    if local is not None:
+        local.stop()
+
+
+def _with_secret(config: DeploymentConfig, folder: Path) -> DeploymentConfig:
+    """A local start without a secret gets one of its own, readable by this user only."""
+    if config.secret_file is not None or "RAYMOE_SECRET" in os.environ:
+        read_secret(config)
+        return config
+    path = folder / "secret"
+    path.touch(mode=0o600)
+    path.write_text(secrets.token_hex(32))
+    return config.model_copy(update={"secret_file": str(path)})
+
+
+def _logical_resources(config: DeploymentConfig) -> tuple[float, float, dict[str, float]]:
+    """Logical CPUs, GPUs and custom resources that the deployment asks Ray for, all together.
+
+    Ray only counts them: on one machine more actors than cores may run, and do.
+    """
+    cpus = config.gateway.num_cpus * config.gateway.count + 2
+    cpus += config.routers.num_cpus * config.routers.count
+    gpus = config.routers.num_gpus * config.routers.count
+    resources: dict[str, float] = {}
+    for kind in config.groups:
+        cpus += kind.num_cpus * kind.count
+        gpus += kind.num_gpus * kind.count
+        for name, amount in kind.resources.items():
+            resources[name] = resources.get(name, 0.0) + amount * kind.count
+    return cpus, gpus, resources
+
+
+@contextlib.contextmanager
+def _signals_stop() -> Iterator[None]:
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise _Stopped(signum)
+
+    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+@contextlib.contextmanager
+def _signals_ignored() -> Iterator[None]:
+    before = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+@contextlib.contextmanager
+def _quiet_serve() -> Iterator[None]:
+    """Ray Serve logs a dozen lines a start through its own logger; ours say enough."""
+    logger = logging.getLogger("ray.serve")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def fail(error: RaymoeError) -> int:
+    """Prints one clear sentence to standard error; the exit status."""
+    print(f"raymoe: {error}", file=sys.stderr, flush=True)
+    return 2

@@ -1,0 +1,158 @@
+"""The router actor: the dense part, the gate and continuous batching in one engine thread."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import traceback
+from typing import Any
+
+import ray
+import torch
+
+from actors.controller import ensure_controller, find_controller
+from raymoe.checkpoint.dense import load_dense
+from raymoe.checkpoint.spec import ModelSpec
+from raymoe.client import ClientConfig, ExpertClient
+from raymoe.config import DeploymentConfig, read_secret
+from raymoe.control import ControlClient
+from raymoe.engine import Engine, EngineConfig
+from raymoe.identity import identity_of
+from raymoe.requests import GenerationRequest
+from raymoe.stream.messages import ModelInfo
+from raymoe.stream.server import StreamConfig, StreamServer
+
+_BEAT_S = 1.0
+
+
+class Router:
+    """One engine with its client of the expert groups and its token stream to the gateways."""
+
+    def __init__(self, config: dict[str, Any], spec_json: str) -> None:
+        torch.set_num_threads(1)
+        self._config = DeploymentConfig.model_validate(config)
+        spec = ModelSpec.from_json(spec_json)
+        ensure_controller(self._config, spec_json)
+        identity, secret = identity_of(self._config, spec), read_secret(self._config)
+        context = ray.get_runtime_context()
+        self.node = str(context.get_node_id())
+        self.router_id = f"router-{os.getpid()}-{self.node[:6]}"
+        plane, settings = self._config.data_plane, self._config.routers
+        self._experts = ExpertClient(
+            identity=identity,
+            secret=secret,
+            node=self.node if plane.transport != "tcp" else "",
+            layers=spec.layers,
+            experts=spec.experts,
+            config=ClientConfig(mode=plane.mode, stall_limit_s=plane.stall_limit_s),
+        )
+        self._control = ControlClient(
+            identity=identity,
+            secret=secret,
+            name=self.router_id,
+            resolve=self._controller_address,
+            client=self._experts,
+        )
+        self._control.start()
+        self._engine = Engine(
+            load_dense(spec, self._experts),
+            self._experts,
+            EngineConfig(
+                kv_bytes=settings.kv_bytes,
+                block_tokens=settings.block_tokens,
+                max_batch=settings.max_batch,
+                chunk_tokens=settings.chunk_tokens,
+                max_context=settings.max_context_tokens,
+                max_waiting=settings.max_waiting,
+            ),
+        )
+        self._work = threading.Event()
+        self._stopping = threading.Event()
+        self._died: str | None = None
+        self._stream = StreamServer(
+            router_id=self.router_id,
+            model=ModelInfo(
+                name=self._config.served_model_name,
+                vocab=self._engine.vocab,
+                context_tokens=self._engine.max_context,
+                kv_capacity_tokens=self._engine.kv_capacity_tokens,
+                eos_ids=self._engine.eos_ids,
+            ),
+            identity=identity,
+            secret=secret,
+            submitted=self._submit,
+            cancelled=self._cancel,
+            load=self._engine.load,
+            node=self.node,
+            config=StreamConfig(
+                tcp_host=ray.util.get_node_ip_address() if plane.host == "node" else plane.host
+            ),
+        )
+        self._stream.start()
+        for target in (self._steps, self._beats):
+            threading.Thread(target=target, name=target.__name__, daemon=True).start()
+
+    def check_health(self) -> None:
+        """Raises when the engine thread has ended: Ray Serve then replaces this router."""
+        if self._died is not None:
+            raise RuntimeError(f"the engine of {self.router_id} died: {self._died}")
+
+    def close(self) -> None:
+        """Ends the engine thread, the stream and the links."""
+        self._stopping.set()
+        self._work.set()
+        self._stream.close()
+        self._control.close()
+        self._experts.close()
+
+    # ---- the stream's thread
+
+    def _submit(self, request: GenerationRequest) -> None:
+        self._engine.add(request)
+        self._work.set()
+
+    def _cancel(self, request_ids: tuple[str, ...]) -> None:
+        for request_id in request_ids:
+            self._engine.cancel(request_id)
+        self._work.set()
+
+    # ---- the engine's thread
+
+    def _steps(self) -> None:
+        try:
+            while not self._stopping.is_set():
+                if not self._engine.has_work:
+                    self._work.wait()
+                    self._work.clear()
+                    continue
+                self._stream.publish(self._engine.step())
+        except Exception as e:
+            traceback.print_exc()
+            self._died = repr(e)
+            self._stream.close()  # its gateways go on elsewhere
+
+    # ---- the thread that talks to the controller
+
+    def _beats(self) -> None:
+        while not self._stopping.wait(_BEAT_S):
+            try:
+                info = self._info()
+                ray.get(find_controller(self._config.name).router_beat.remote(info), timeout=5)
+            except (ValueError, ray.exceptions.RayError):
+                continue  # it restarts; the next beat tells it again
+
+    def _info(self) -> dict[str, Any]:
+        return {
+            "id": self.router_id,
+            "pid": os.getpid(),
+            "node": self.node,
+            "state": "failed" if self._died else "ready" if self._experts.has_table else "starting",
+            "endpoint": self._stream.endpoint.to_dict(),
+            "at": time.time(),
+        }
+
+    def _controller_address(self) -> tuple[str, int]:
+        controller = find_controller(self._config.name)
+        host, port = ray.get(controller.control_address.remote(), timeout=5)
+        return str(host), int(port)

@@ -1,0 +1,144 @@
+"""The command line: `raymoe serve | status | plan | simulate`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from typing import Any
+
+from placement.errors import PlacementError
+from raymoe import __version__
+from raymoe.errors import ConfigError, RaymoeError
+
+MIB = 1 << 20
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; 0 when it did what was asked, 2 with one sentence when it could not."""
+    args = _parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except (RaymoeError, PlacementError) as e:
+        print(f"raymoe: {e}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    from raymoe.cli_plan import add_plan_parser, add_simulate_parser
+
+    parser = argparse.ArgumentParser(
+        prog="raymoe", description="Elastic serving of Mixture-of-Experts models on Ray."
+    )
+    parser.add_argument("--version", action="version", version=f"raymoe {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_serve(commands)
+    _add_status(commands)
+    add_plan_parser(commands)
+    add_simulate_parser(commands)
+    return parser
+
+
+def _add_serve(commands: Any) -> None:
+    serve = commands.add_parser("serve", help="serve a checkpoint on an OpenAI-compatible endpoint")
+    serve.add_argument(
+        "model", nargs="?", metavar="MODEL_DIR", help="checkpoint folder or Hugging Face id"
+    )
+    serve.add_argument("--config", metavar="FILE", help="settings, YAML or JSON (flags win)")
+    serve.add_argument("--host", help="address to listen on (default 127.0.0.1)")
+    serve.add_argument("--port", type=int, help="port to listen on (default 8000)")
+    serve.add_argument("--groups", type=int, help="expert groups (default 2)")
+    serve.add_argument("--routers", type=int, help="routers that share the groups (default 1)")
+    serve.add_argument("--name", help="deployment name (default raymoe)")
+    serve.add_argument("--model-name", help="name in /v1/models (default: the folder's name)")
+    serve.add_argument("--address", help="Ray cluster to join (default: start Ray here)")
+    serve.set_defaults(run=_serve)
+
+
+def _add_status(commands: Any) -> None:
+    status = commands.add_parser("status", help="show a running deployment")
+    status.add_argument("--json", action="store_true", help="print one JSON object")
+    status.add_argument("--host", default="127.0.0.1", help="address of the endpoint")
+    status.add_argument("--port", type=int, default=8000, help="port of the endpoint")
+    status.set_defaults(run=_status)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from raymoe.config import load_config
+
+    flags = {
+        "model": args.model,
+        "gateway.host": args.host,
+        "gateway.port": args.port,
+        "groups": args.groups,
+        "routers.count": args.routers,
+        "name": args.name,
+        "gateway.model_name": args.model_name,
+        "ray.address": args.address,
+    }
+    config = load_config(args.config, {k: v for k, v in flags.items() if v is not None})
+
+    from raymoe.budget import check_budgets
+    from raymoe.checkpoint.reader import read_spec
+
+    spec = read_spec(config.model)
+    check_budgets(config, spec)
+    total = sum(b * e for b, e in zip(spec.expert_bytes, spec.experts_of_layer, strict=True))
+    summary = (
+        f"{config.served_model_name} ({spec.family}): {spec.layers} MoE layers x {spec.experts} "
+        f"experts, top-{spec.top_k}, {total / MIB:.1f} MiB of experts"
+    )
+    # The composition root is above everything; only the command line may reach up to it.
+    import serve_app
+    from actors.launch import launch
+
+    return launch(config, spec.to_json(), summary, serve_app.build)
+
+
+def _status(args: argparse.Namespace) -> int:
+    status = _get_json(f"http://{args.host}:{args.port}/status")
+    if args.json:
+        print(json.dumps(status))
+        return 0
+    print(
+        f"{status['model']} ({status['family']})  deployment {status['deployment']}  "
+        f"epoch {status['epoch']}  balancedness {_shown(status['balancedness'])}"
+    )
+    print(
+        f"{'group':12} {'state':9} {'pid':>8} {'speed':>6} {'replicas':>8} {'resident':>10}  node"
+    )
+    for g in status["groups"]:
+        print(
+            f"{g['id']:12} {g['state']:9} {g['pid']:8} {g['speed']:6.2f} {g['replicas']:8} "
+            f"{g['resident_bytes'] / MIB:6.1f} MiB  {g['node'][:12]}"
+        )
+    for r in status["routers"]:
+        print(f"{r['id']:12} {r['state']:9} {r['pid']:8}  router")
+    print(f"{'controller':12} {status['controller']['state']:9} {status['controller']['pid']:8}")
+    return 0
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _get_json(url: str) -> Any:
+    try:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return json.load(answer)
+    except urllib.error.HTTPError as e:
+        raise ConfigError(f"{url} said {e.code}: {e.read()[:300].decode(errors='replace')}") from e
+    except (urllib.error.URLError, OSError, ValueError) as e:
+        reason = getattr(e, "reason", e)
+        raise ConfigError(
+            f"no raymoe answers at {url} ({reason}): is it serving, on this port?"
+        ) from e
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""Composition root: typed settings -> Ray Serve application (gateway and routers).
+
+`raymoe serve` uses it, and so does a Serve config: `import_path: serve_app:build` with the fields
+of `raymoe.config.DeploymentConfig` as `args`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve import Application
+
+from actors.gateway import gateway_app
+from actors.router import Router
+from raymoe.config import DeploymentConfig
+
+
+@serve.ingress()
+class Gateway:
+    """The OpenAI endpoint as a Serve ingress replica: the app is built where it runs."""
+
+    def __init__(self, config: dict[str, Any], spec_json: str, routers: Any) -> None:
+        self._config, self._spec_json = config, spec_json
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return gateway_app(self._config, self._spec_json)
+
+
+def build(args: DeploymentConfig, spec_json: str | None = None) -> Application:
+    """The application of one deployment. Reads the checkpoint's config when no spec is given.
+
+    Raises `CheckpointError` when the checkpoint cannot be served.
+    """
+    if spec_json is None:
+        from raymoe.checkpoint.reader import read_spec
+
+        spec_json = read_spec(args.model).to_json()
+    config = args.model_dump(mode="json")
+    routers, gateway = args.routers, args.gateway
+    router = serve.deployment(
+        Router,
+        name="Router",
+        num_replicas=routers.count,
+        ray_actor_options={"num_cpus": routers.num_cpus, "num_gpus": routers.num_gpus},
+        health_check_period_s=2,
+        health_check_timeout_s=30,
+        graceful_shutdown_timeout_s=5,
+    ).bind(config, spec_json)
+    return serve.deployment(
+        Gateway,
+        name="Gateway",
+        num_replicas=gateway.count,
+        max_ongoing_requests=gateway.max_in_flight + 64,  # ours answers 429 before Serve does
+        ray_actor_options={"num_cpus": gateway.num_cpus},
+        graceful_shutdown_timeout_s=5,
+    ).bind(config, spec_json, router)

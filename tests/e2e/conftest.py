@@ -1,0 +1,107 @@
+"""One real deployment a session: `raymoe serve` as a child process, as a user starts it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = ROOT / "models" / "demo"
+
+
+class Deployment:
+    """A running `raymoe serve`: its process, its port, what it printed."""
+
+    def __init__(self, *arguments: str, env: dict[str, str] | None = None) -> None:
+        self.port = free_port()
+        self.lines: list[str] = []
+        self.process = subprocess.Popen(
+            [*RAYMOE, "serve", *arguments, "--port", str(self.port)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "RAY_AUTH_MODE": "disabled", **(env or {})},
+        )
+
+    def wait_ready(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip())
+            if line.startswith("ready:"):
+                return
+        pytest.fail("raymoe serve ended before it was ready:\n" + "\n".join(self.lines))
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
+            return json.load(answer)
+
+    def tree(self) -> list[psutil.Process]:
+        root = psutil.Process(self.process.pid)
+        return [root, *root.children(recursive=True)]
+
+    def stop(self, signum: int = signal.SIGTERM) -> float:
+        """Seconds until it had ended; fails the test when it does not, or leaves something."""
+        tree = self.tree()
+        memory = set(os.listdir("/dev/shm"))
+        started = time.monotonic()
+        self.process.send_signal(signum)
+        out, _ = self.process.communicate(timeout=60)
+        self.lines += out.splitlines()
+        seconds = time.monotonic() - started
+        _, alive = psutil.wait_procs(tree, timeout=1)
+        assert not alive, f"left behind: {[p.cmdline() for p in alive]}"
+        assert set(os.listdir("/dev/shm")) <= memory
+        assert self.process.returncode == 0, "\n".join(self.lines)
+        return seconds
+
+
+RAYMOE = [sys.executable, "-m", "raymoe.cli"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def run_raymoe(*arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+    """One raymoe command to its end."""
+    return subprocess.run(
+        [*RAYMOE, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=timeout_s,
+        env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+    )
+
+
+@pytest.fixture(scope="session")
+def deployment() -> Iterator[Deployment]:
+    """The demo model on three groups and two routers; shared by the tests of this folder."""
+    running = Deployment(str(DEMO), "--groups", "3", "--routers", "2")
+    try:
+        running.wait_ready()
+        yield running
+        running.stop()
+    finally:
+        if running.process.poll() is None:
+            running.process.kill()

@@ -1,0 +1,70 @@
+"""A group that is killed under traffic: requests wait for its experts, none fails."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from typing import Any
+
+import openai
+import pytest
+
+from tests.e2e.conftest import Deployment
+
+pytestmark = pytest.mark.ray
+
+
+def wait_for(what: Any, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if what():
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_killed_group_comes_back_and_no_request_fails(deployment: Deployment) -> None:
+    client = openai.OpenAI(base_url=deployment.url + "/v1", api_key="none", max_retries=0)
+
+    def ask(n: int) -> str:
+        answer = client.completions.create(
+            model="demo",
+            prompt=f"{n} And it came to pass",
+            max_tokens=120,
+            temperature=0,
+            extra_body={"ignore_eos": True},
+        )
+        return str(answer.choices[0].text)
+
+    before = [ask(n) for n in range(6)]
+    results: dict[int, str | Exception] = {}
+
+    def run(n: int) -> None:
+        try:
+            results[n] = ask(n)
+        except Exception as e:
+            results[n] = e
+
+    threads = [threading.Thread(target=run, args=(n,)) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.3)
+    victim = deployment.get("/status")["groups"][1]
+    os.kill(victim["pid"], signal.SIGKILL)
+    for thread in threads:
+        thread.join(120)
+    failed = [r for r in results.values() if isinstance(r, Exception)]
+    assert not failed and len(results) == 6
+    same = sum(results[n] == before[n] for n in range(6))
+    assert same >= 5, "more than a near-tie differs"
+
+    def restored() -> bool:
+        group = deployment.get("/status")["groups"][1]
+        return bool(group["state"] == "ready" and group["pid"] not in (0, victim["pid"]))
+
+    assert wait_for(restored, 60)
+    group = deployment.get("/status")["groups"][1]
+    assert group["replicas"] == victim["replicas"]
+    assert group["incarnation"] == victim["incarnation"] + 1
