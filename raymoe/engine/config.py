@@ -1,0 +1,26 @@
+"""Settings of one engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from raymoe.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Frozen settings; impossible ones raise `ConfigError` at once."""
+
+    kv_bytes: int = 1 << 28  # budget of the KV cache, in bytes
+    block_tokens: int = 16  # tokens of one KV block
+    max_batch: int = 64  # requests that run at once
+    chunk_tokens: int = 256  # prompt tokens prefilled in one step, over all requests
+    max_context: int | None = None  # None: what the checkpoint says
+    max_waiting: int = 4096  # requests queued before `Overloaded`
+
+    def __post_init__(self) -> None:
+        for name in ("kv_bytes", "block_tokens", "max_batch", "chunk_tokens", "max_waiting"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.max_context is not None and self.max_context < 2:
+            raise ConfigError(f"max_context must be at least 2, not {self.max_context}")

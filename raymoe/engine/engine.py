@@ -1,0 +1,235 @@
+"""Continuous batching: requests join and leave between steps, one packed forward a step."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raymoe.engine.attention import ATTENTION, PackedStep, answering, chunk_of
+from raymoe.engine.batch import StepBatch
+from raymoe.engine.blocks import BlockPool
+from raymoe.engine.config import EngineConfig
+from raymoe.engine.kv import KVCache, token_bytes
+from raymoe.engine.output import (
+    Reading,
+    end_of,
+    readings,
+    rows_of,
+    take_prompt_logprobs,
+    take_tokens,
+)
+from raymoe.engine.probe import probe
+from raymoe.engine.scheduler import Scheduler
+from raymoe.engine.seam import Experts
+from raymoe.engine.sequence import Sequence, start_sequence
+from raymoe.engine.stats import EngineStats
+from raymoe.errors import ConfigError, ExpertsUnavailable, Overloaded, RequestError
+from raymoe.requests import FinishReason, GenerationRequest, TokenEvent, TokenLogprobs
+
+
+class Engine:
+    """Runs a transformers causal language model whose routed experts are behind `experts`.
+
+    `model` comes from `raymoe.checkpoint.dense.load_dense(spec, experts)`; `experts` None means
+    that the model has its own. `add` and `cancel` may be called from any thread; `step` belongs to
+    one thread. Raises `ConfigError` when the KV budget holds not even a short request.
+    """
+
+    def __init__(
+        self, model: Any, experts: Experts | None = None, config: EngineConfig | None = None
+    ) -> None:
+        self.config = config or EngineConfig()
+        self._model = model
+        self.eos_ids = _eos_ids(model)
+        model.set_attn_implementation(ATTENTION)
+        shapes = probe(model, experts)
+        self._device: torch.device = next(model.parameters()).device
+        self._attention_chunks = {module: chunk_of(module) for module in shapes}
+        blocks = self.config.kv_bytes // (token_bytes(shapes) * self.config.block_tokens)
+        if blocks < 3:
+            raise ConfigError(
+                f"kv_bytes {self.config.kv_bytes} holds {blocks} blocks of "
+                f"{self.config.block_tokens} tokens ({token_bytes(shapes)} bytes a token); "
+                f"3 are the least"
+            )
+        self.pool = BlockPool(blocks, self.config.block_tokens)
+        self._cache = KVCache(shapes, blocks, self.config.block_tokens, self._device)
+        self.max_context = min(self.pool.capacity_tokens, *_limits(model, self.config.max_context))
+        self._scheduler = Scheduler(
+            self.pool, max_batch=self.config.max_batch, chunk_tokens=self.config.chunk_tokens
+        )
+        self._sequences: dict[str, Sequence] = {}
+        self._inbox: deque[GenerationRequest | str] = deque()  # a string cancels
+        self._known: set[str] = set()
+        self._lock = threading.Lock()
+        self._arrivals = 0
+        self.stats = EngineStats()
+
+    # -- from any thread ---------------------------------------------------------------------
+
+    def add(self, request: GenerationRequest) -> None:
+        """Queue a request. Raises RequestError for one that can never run, and Overloaded."""
+        length = len(request.prompt_ids)
+        if length == 0:
+            raise RequestError("the prompt has no tokens", "prompt")
+        if length >= self.max_context:
+            raise RequestError(
+                f"the prompt has {length} tokens and the context holds {self.max_context}, "
+                f"of which at least 1 must be left for output",
+                "prompt",
+            )
+        with self._lock:
+            if request.request_id in self._known:
+                raise RequestError(f"request {request.request_id} is running already", "request_id")
+            if len(self._known) >= self.config.max_waiting + self.config.max_batch:
+                raise Overloaded(f"{len(self._known)} requests are running or waiting")
+            self._known.add(request.request_id)
+            self._inbox.append(request)
+
+    def cancel(self, request_id: str) -> None:
+        """End a request at the next step; unknown and ended ones are ignored."""
+        with self._lock:
+            if request_id in self._known:
+                self._inbox.append(request_id)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self._known)
+
+    # -- from the engine's thread ------------------------------------------------------------
+
+    def step(self) -> list[TokenEvent]:
+        """Compute one packed forward; what it made, and which requests ended.
+
+        When `ExpertsUnavailable` stops the forward, its requests end with that sentence and the
+        others go on. Any other exception leaves the engine as it was: the step can be run again.
+        """
+        begin = perf_counter()
+        events = self._drain_inbox()
+        plan = self._scheduler.plan()
+        if not plan:
+            return events
+        fresh = self.pool.drain_fresh()
+        with torch.inference_mode():
+            if fresh:
+                self._cache.zero(fresh)
+            batch = StepBatch(plan, self.config.block_tokens, self._device)
+            built = perf_counter()
+            try:
+                found = readings(batch)
+                logits = self._forward(batch, rows_of(found))
+            except ExpertsUnavailable as error:
+                return events + [self._end(one, error=str(error)) for one, _ in batch.chunks]
+            computed = perf_counter()
+            events += self._commit(batch, found, logits)
+        self.stats.record(batch, begin, built, computed, perf_counter())
+        return events
+
+    def _drain_inbox(self) -> list[TokenEvent]:
+        events = []
+        while self._inbox:
+            item = self._inbox.popleft()
+            if isinstance(item, str):
+                sequence = self._sequences.get(item)
+                if sequence is not None:
+                    events.append(self._end(sequence, finish="cancelled"))
+                continue
+            sequence = start_sequence(item, self._arrivals)
+            self._arrivals += 1
+            self._sequences[item.request_id] = sequence
+            self._scheduler.add(sequence)
+            # A request continued from elsewhere may have had its last token already.
+            finish = end_of(sequence, self.eos_ids, self.max_context) if item.output_ids else None
+            if finish is not None:
+                events.append(self._end(sequence, finish=finish))
+        return events
+
+    def _forward(self, batch: StepBatch, rows: list[int]) -> Tensor:
+        """Logits [R, V] of the given packed rows."""
+        step = PackedStep(self._cache, batch, self._attention_chunks)
+        keep: int | Tensor = 0  # all
+        if len(rows) < batch.tokens:
+            keep = torch.tensor(rows, dtype=torch.int64, device=self._device)
+        with answering(step):
+            logits: Tensor = self._model(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                use_cache=False,
+                logits_to_keep=keep,
+            ).logits[0]
+        return logits
+
+    def _commit(self, batch: StepBatch, found: list[Reading], logits: Tensor) -> list[TokenEvent]:
+        """Let the step have happened: only from here on does any sequence change."""
+        take_prompt_logprobs(logits, found)
+        tokens, logprobs = take_tokens(logits, found, self.eos_ids)
+        drawn = iter(zip(tokens, logprobs, strict=True))
+        events = []
+        for reading, (sequence, count) in zip(found, batch.chunks, strict=True):
+            sequence.computed += count
+            if reading.sample is not None:
+                token, logprob = next(drawn)
+                events.append(self._append(sequence, token, logprob))
+            elif sequence.pending == 0:  # max_tokens 0: only the prompt was of interest
+                events.append(self._end(sequence, finish="length"))
+        return events
+
+    def _append(self, sequence: Sequence, token: int, logprob: TokenLogprobs | None) -> TokenEvent:
+        sequence.tokens.append(token)
+        finish = end_of(sequence, self.eos_ids, self.max_context)
+        if finish is not None:
+            self._forget(sequence)
+        return TokenEvent(
+            request_id=sequence.request.request_id,
+            token_ids=(token,),
+            logprobs=() if logprob is None else (logprob,),
+            prompt_logprobs=_take_once(sequence),
+            finish=finish,
+        )
+
+    def _end(
+        self, sequence: Sequence, *, finish: FinishReason = "error", error: str | None = None
+    ) -> TokenEvent:
+        self._forget(sequence)
+        return TokenEvent(
+            request_id=sequence.request.request_id,
+            prompt_logprobs=_take_once(sequence),
+            finish=finish,
+            error=error,
+        )
+
+    def _forget(self, sequence: Sequence) -> None:
+        self._scheduler.remove(sequence)
+        del self._sequences[sequence.request.request_id]
+        with self._lock:
+            self._known.discard(sequence.request.request_id)
+
+
+def _take_once(sequence: Sequence) -> tuple[TokenLogprobs, ...]:
+    """The prompt's log probabilities, with a request's first event only."""
+    if sequence.sampling.prompt_logprobs is None or sequence.prompt_logprobs_sent:
+        return ()
+    sequence.prompt_logprobs_sent = True
+    return tuple(sequence.prompt_logprobs)
+
+
+def _eos_ids(model: Any) -> frozenset[int]:
+    """Ids that end a text: the generation config's, else the model config's."""
+    for source in (getattr(model, "generation_config", None), model.config.get_text_config()):
+        ids = getattr(source, "eos_token_id", None)
+        if ids is not None:
+            return frozenset([ids] if isinstance(ids, int) else ids)
+    return frozenset()
+
+
+def _limits(model: Any, max_context: int | None) -> list[int]:
+    """The context lengths that the checkpoint and the settings allow."""
+    config = model.config.get_text_config()
+    own = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+    return [limit for limit in (own, max_context) if limit is not None]

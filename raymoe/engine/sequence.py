@@ -1,0 +1,68 @@
+"""One request inside the engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from raymoe.requests import GenerationRequest, SamplingParams, TokenLogprobs
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Sequence:
+    """The state of one request between steps.
+
+    `tokens` is the prompt followed by all output; the first `computed` of them have their keys
+    and values in `blocks` (or in `state`, for models without pages). Tokens past `computed` are
+    pending: one pending token after others is a decode row, anything else is prefill.
+    """
+
+    request: GenerationRequest
+    arrival: int
+    tokens: list[int]
+    computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    state: Any = None
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs_sent: bool = False
+    plain_greedy: bool = False  # nothing but the likeliest token is wanted of each step
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return self.request.sampling
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.request.prompt_ids)
+
+    @property
+    def output_tokens(self) -> int:
+        return len(self.tokens) - self.prompt_tokens
+
+    @property
+    def pending(self) -> int:
+        """Tokens whose keys and values are not computed yet; at least 1 while it runs."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Who goes first: a lower priority number, then the earlier arrival."""
+        return (self.request.priority, self.arrival)
+
+
+def start_sequence(request: GenerationRequest, arrival: int) -> Sequence:
+    """A sequence with nothing computed; tokens made elsewhere count as output."""
+    sampling = request.sampling
+    return Sequence(
+        request=request,
+        arrival=arrival,
+        tokens=[*request.prompt_ids, *request.output_ids],
+        plain_greedy=(
+            sampling.temperature == 0
+            and not sampling.logit_bias
+            and sampling.min_tokens == 0
+            and sampling.repetition_penalty == 1.0
+            and sampling.frequency_penalty == sampling.presence_penalty == 0
+            and sampling.logprobs is None
+        ),
+    )
