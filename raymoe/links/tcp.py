@@ -1,0 +1,324 @@
+"""Framed TCP between nodes: a 64-byte header, then the payload, into memory that is there already.
+
+Each end has its own slots; a payload is read straight into its slot, and never before the header
+has been checked. Liveness is TCP's: keepalive when idle, TCP_USER_TIMEOUT for unacknowledged data.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import threading
+import time
+
+import numpy as np
+
+from raymoe.errors import FrameError, PeerLost
+from raymoe.links.handshake import Initiator, Peer
+from raymoe.links.link import Completion, Endpoint, Slot, SlotTerms
+from raymoe.links.protocol import HEADER_BYTES, Call, Header, Wire, unpack_header
+from raymoe.links.serverlink import ServerLink, Waiting
+from raymoe.links.slots import SlotBook, cut_regions, segment_bytes, terms_of
+from raymoe.links.streams import shake_socket
+
+USER_TIMEOUT_MS = 5000
+READ_AT_ONCE_BYTES = 1 << 20  # of one link, before the others get a turn
+MAX_UNSENT = 64  # messages: pongs of a peer that asks and does not read
+
+
+def tune(sock: socket.socket) -> None:
+    """What every data connection gets: no delay, and a death that is noticed within seconds."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 3)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 lets the system choose."""
+    sock = socket.create_server((host, port), backlog=64)
+    sock.setblocking(False)
+    return sock
+
+
+def open_stream(
+    endpoint: Endpoint, side: Initiator, timeout_s: float = 5.0
+) -> tuple[socket.socket, Peer]:
+    """A blocking, authenticated TCP connection. HandshakeRefused, or OSError when nobody listens.
+
+    With role "group" the server hands its end to its bulk callback.
+    """
+    host, _, port = endpoint.address.rpartition(":")
+    sock = socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s)
+    try:
+        tune(sock)
+        peer = shake_socket(sock, side, timeout_s)
+        sock.settimeout(None)
+    except BaseException:
+        sock.close()
+        raise
+    return sock, peer
+
+
+class Outbox:
+    """What could not be sent yet. Nothing blocks, nothing is copied but single headers."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._unsent: list[tuple[memoryview, int]] = []  # bytes, slot they free (-1: none)
+
+    def __len__(self) -> int:
+        return len(self._unsent)
+
+    def send(self, header: bytearray, payload: memoryview | None, slot: int = -1) -> bool:
+        """Send a message, or as much as fits; whether all of it went out."""
+        if self._unsent:
+            sent = 0
+        else:
+            try:
+                sent = (
+                    self._sock.send(header)
+                    if payload is None
+                    else self._sock.sendmsg((header, payload))
+                )
+            except BlockingIOError:
+                sent = 0
+        size = len(payload) if payload is not None else 0
+        if sent == HEADER_BYTES + size:
+            return True
+        if sent < HEADER_BYTES:
+            # a copy of the rest: the caller's header buffer is used again
+            self._unsent.append((memoryview(bytes(header[sent:])), -1 if size else slot))
+        if payload is not None:
+            self._unsent.append((payload[max(0, sent - HEADER_BYTES) :], slot))
+        return False
+
+    def flush(self) -> list[int]:
+        """Send what fits now; the slots whose messages are out."""
+        freed: list[int] = []
+        while self._unsent:
+            data, slot = self._unsent[0]
+            try:
+                sent = self._sock.send(data)
+            except BlockingIOError:
+                break
+            if sent < len(data):
+                self._unsent[0] = (data[sent:], slot)
+                continue
+            self._unsent.pop(0)
+            if slot >= 0:
+                freed.append(slot)
+        return freed
+
+
+class Inbox:
+    """One message being read: its header, then its payload, into memory chosen in between."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._recv_into = sock.recv_into
+        self.raw = bytearray(HEADER_BYTES)
+        self._header = memoryview(self.raw)
+        self._payload: memoryview | None = None
+        self._got = 0
+
+    def read_header(self) -> bool:
+        """Read on; whether a header is complete that has not been told of a payload yet."""
+        self._got += self._read(self._header[self._got :])
+        return self._got == HEADER_BYTES
+
+    @property
+    def in_payload(self) -> bool:
+        """Whether a payload is expected."""
+        return self._payload is not None
+
+    def expect(self, payload: memoryview) -> None:
+        """Where the payload goes; it may be empty."""
+        self._payload = payload
+        self._got = 0
+
+    def reset(self) -> None:
+        """The message had no payload."""
+        self._payload = None
+        self._got = 0
+
+    def read_payload(self, limit: int) -> bool:
+        """Read on, at most about `limit` bytes; whether the payload is complete."""
+        payload = self._payload
+        assert payload is not None
+        size = len(payload)
+        stop = min(size, self._got + limit)
+        while self._got < stop:
+            got = self._read(payload[self._got : stop])
+            if not got:
+                return False
+            self._got += got
+        if self._got < size:
+            return False
+        self.reset()
+        return True
+
+    def _read(self, into: memoryview) -> int:
+        """Bytes read, 0 when there are none now; ConnectionResetError at the end of the stream."""
+        try:
+            got = self._recv_into(into)
+        except BlockingIOError:
+            return 0
+        if got == 0:
+            raise ConnectionResetError("it closed the connection")
+        return got
+
+
+class TcpLink(SlotBook):
+    """The client's end (a Link). `fileno()` is an epoll of its own, so that a half-sent request
+    makes the link ready for poll() too."""
+
+    def __init__(self, sock: socket.socket, peer: Peer, wire: Wire, terms: SlotTerms) -> None:
+        memory = np.empty(segment_bytes(terms), dtype=np.uint8)  # pages come when touched
+        super().__init__(peer, wire, cut_regions(memory, terms))
+        sock.setblocking(False)
+        self._sock = sock
+        self._outbox = Outbox(sock)
+        self._inbox = Inbox(sock)
+        self._sending = threading.Lock()  # submit() and poll() against ping()
+        self._epoll = select.epoll()
+        self._epoll.register(sock, select.EPOLLIN)
+        self._requests = [slot.request_memory.data for slot in self.slots]
+        self._replies = [slot.reply_memory.data for slot in self.slots]
+        self._arriving: tuple[Header, Slot] | None = None
+
+    def fileno(self) -> int:
+        """The epoll of this link; -1 when closed."""
+        return -1 if self._epoll.closed else self._epoll.fileno()
+
+    def submit(self, slot: Slot, call: Call) -> int:
+        """Send header and payload; what does not fit now goes out in poll()."""
+        size = self._begin(slot, call)
+        try:
+            with self._sending:
+                self._send(self._out, self._requests[slot.index][:size])
+        except OSError as error:
+            raise self._end(f"cannot send: {error}") from error
+        return slot.seq
+
+    def _send(self, header: bytearray, payload: memoryview | None) -> None:
+        waiting = len(self._outbox) > 0
+        if not self._outbox.send(header, payload) and not waiting:
+            self._epoll.modify(self._sock, select.EPOLLIN | select.EPOLLOUT)
+
+    def poll(self) -> list[Completion]:
+        """Send on, read on; the completion of at most one request a call."""
+        if self._lost is not None:
+            raise self._lost
+        try:
+            if len(self._outbox):
+                with self._sending:
+                    self._outbox.flush()
+                    if not len(self._outbox):
+                        self._epoll.modify(self._sock, select.EPOLLIN)
+            return self._receive()
+        except FrameError as error:
+            raise self._end(f"bad frame: {error}") from error
+        except OSError as error:
+            raise self._end(str(error)) from error
+
+    def _receive(self) -> list[Completion]:
+        inbox = self._inbox
+        if not inbox.in_payload:
+            if not inbox.read_header():
+                return []
+            header, slot, size = self._expect(inbox.raw)
+            if slot is None:
+                inbox.reset()
+                self._ponged(header)
+                return []
+            self._arriving = header, slot
+            inbox.expect(self._replies[slot.index][:size])
+        if not inbox.read_payload(1 << 62):
+            self.last_heard_s = time.monotonic()
+            return []
+        assert self._arriving is not None
+        return [self._complete(*self._arriving)]
+
+    def ping(self) -> None:
+        """From any thread."""
+        raw = self._ping_header()
+        if raw is not None:
+            try:
+                with self._sending:
+                    self._send(raw, None)
+            except (OSError, ValueError):
+                return  # closed meanwhile; poll() tells
+
+    def close(self) -> None:
+        """Retire the link."""
+        self._end("closed here")
+
+    def _end(self, why: str) -> PeerLost:
+        lost = self._retire(why)
+        with self._sending:
+            self._sock.close()
+            self._epoll.close()
+        return lost
+
+
+class TcpServerLink(ServerLink):
+    """The group's end."""
+
+    def __init__(self, sock: socket.socket, peer: Peer, wire: Wire, terms: SlotTerms) -> None:
+        memory = np.empty(segment_bytes(terms), dtype=np.uint8)
+        super().__init__(sock, peer, wire, cut_regions(memory, terms))
+        self._outbox = Outbox(sock)
+        self._inbox = Inbox(sock)
+        self._arriving: tuple[Header, Call] | None = None
+
+    def on_ready(self, events: int) -> Waiting | None:
+        """Send on, read on."""
+        if self.wants_write:
+            for slot in self._outbox.flush():
+                self.busy[slot] = False
+            self.wants_write = len(self._outbox) > 0
+        if not events & ~select.EPOLLOUT:
+            return None
+        self.heard_s = time.monotonic()
+        inbox = self._inbox
+        if not inbox.in_payload:
+            if not inbox.read_header():
+                return None
+            header = unpack_header(inbox.raw)
+            call = self.begin(header)
+            if call is None:
+                inbox.reset()
+                return None
+            self._arriving = header, call
+            inbox.expect(self.regions[header.slot][0].data[: header.payload_bytes])
+        if not inbox.read_payload(READ_AT_ONCE_BYTES):
+            return None
+        assert self._arriving is not None
+        return Waiting(self, *self._arriving, self.heard_s)
+
+    def send(self, header: bytearray, slot: int, payload_bytes: int) -> None:
+        """The slot is busy until its reply is out."""
+        payload = self.regions[slot][1].data[:payload_bytes]
+        if self._outbox.send(header, payload, slot):
+            self.busy[slot] = False
+        else:
+            self.wants_write = True
+
+    def send_pong(self, header: bytearray) -> None:
+        """FrameError for a peer that asks and does not read."""
+        if len(self._outbox) > MAX_UNSENT:
+            raise FrameError(f"{MAX_UNSENT} messages unread")
+        if not self._outbox.send(header, None):
+            self.wants_write = True
+
+
+def connect_tcp(endpoint: Endpoint, side: Initiator, wire: Wire, timeout_s: float = 5.0) -> TcpLink:
+    """Connect to a group anywhere. HandshakeRefused, or OSError when nobody listens there."""
+    sock, peer = open_stream(endpoint, side, timeout_s)
+    try:
+        return TcpLink(sock, peer, wire, terms_of(peer))
+    except BaseException:
+        sock.close()
+        raise
