@@ -1,0 +1,134 @@
+"""Pairs of one layer's batch -> messages for groups, and replies -> rows. Pure array maths.
+
+A batch of T tokens has P = T * K pairs; pair p belongs to token p // K and wants one expert.
+Steps: count (E bins), give every pair a group, sort the pairs by (group, part, expert) and cut the
+sorted list into messages. `part` numbers the stretches of consecutive tokens that fit one slot.
+Nothing here loops over tokens or experts; the only loops are over messages.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+
+
+class Message(NamedTuple):
+    """What one group is asked in one message. n experts, N tokens, P pairs of this message."""
+
+    group: int
+    pairs: Ints  # [P] numbers of the batch's pairs, sorted by expert
+    tokens: Ints  # [N] rows of the batch, ascending, each once
+    token_of_pair: Ints  # [P] index into `tokens`
+    experts: Ints  # [n] ascending
+    counts: Ints  # [n] pairs of each expert; sums to P
+
+
+def count_experts(expert_of_pair: Ints, experts: int) -> Ints:
+    """Pairs of each expert: int64 [E]."""
+    return np.bincount(expert_of_pair, minlength=experts)
+
+
+def spread_over_replicas(expert_of_pair: Ints, by_group: Ints) -> Ints:
+    """Give every pair a group so that expert e sends `by_group[e, g]` pairs to group g.
+
+    expert_of_pair int64 [P], by_group int64 [E, G] whose rows sum to the experts' pair counts
+    -> int64 [P]. Pairs of one expert go to groups in ascending order, so neighbouring tokens
+    share a group. Pairs of experts whose row is empty get -1.
+    """
+    groups = by_group.shape[1]
+    placed = by_group.sum(axis=1)  # [E]
+    served = np.flatnonzero(placed[expert_of_pair] > 0)
+    order = served[np.argsort(_narrow(expert_of_pair[served], len(by_group)), kind="stable")]
+    labels = np.tile(np.arange(groups), len(by_group))  # [E * G]
+    group_of_pair = np.full(len(expert_of_pair), -1, dtype=np.int64)
+    group_of_pair[order] = np.repeat(labels, by_group.ravel())
+    return group_of_pair
+
+
+def cut_messages(
+    expert_of_pair: Ints,
+    group_of_pair: Ints,
+    *,
+    top_k: int,
+    tokens: int,
+    experts: int,
+    message_tokens: int,
+    pairs: Ints | None = None,
+) -> list[Message]:
+    """Messages that together carry every pair exactly once.
+
+    expert_of_pair, group_of_pair: int64 [P], every group >= 0. `pairs` [P] numbers these pairs in
+    the batch of `tokens` tokens (None: 0..P-1, the whole batch). No message spans more than
+    `message_tokens` consecutive tokens of the batch.
+    """
+    token_of_pair = np.arange(len(expert_of_pair)) if pairs is None else pairs
+    if top_k > 1:
+        token_of_pair = token_of_pair // top_k  # [P]
+    box = group_of_pair
+    parts = -(-tokens // message_tokens)
+    if parts > 1:
+        box = box * parts + token_of_pair // message_tokens
+    key = box * experts + expert_of_pair  # [P] (group, part, expert)
+    order = np.argsort(_narrow(key, None), kind="stable")
+    key = key[order]
+    token_of_pair = token_of_pair[order]
+    if pairs is not None:
+        order = pairs[order]
+
+    run_start = np.flatnonzero(key[1:] != key[:-1]) + 1
+    run_start = np.concatenate((_ZERO, run_start))  # [n] runs of one expert in one message
+    run_key = key[run_start]
+    run_count = np.diff(run_start, append=len(key))
+    run_box, run_expert = np.divmod(run_key, experts)
+    edges = [0, *(np.flatnonzero(run_box[1:] != run_box[:-1]) + 1).tolist(), len(run_box)]
+
+    messages = []
+    for a, b in pairwise(edges):
+        first = int(run_start[a])
+        last = int(run_start[b]) if b < len(run_start) else len(key)
+        rows, index = _unique_tokens(token_of_pair[first:last], tokens)
+        messages.append(
+            Message(
+                int(run_box[a]) // parts,
+                order[first:last],
+                rows,
+                index,
+                run_expert[a:b],
+                run_count[a:b],
+            )
+        )
+    return messages
+
+
+_ZERO = np.zeros(1, dtype=np.int64)
+
+
+def _unique_tokens(tokens_of_pairs: Ints, tokens: int) -> tuple[Ints, Ints]:
+    """The distinct tokens in ascending order [N], and each pair's index among them [P].
+
+    A mark per token instead of `np.unique`: 3 us against 14 at 8 pairs, 15 against 110 at 4,096.
+    """
+    if tokens == 1:
+        return _ZERO, tokens_of_pairs
+    marked = np.zeros(tokens, dtype=np.bool_)
+    marked[tokens_of_pairs] = True
+    rows = np.flatnonzero(marked)
+    if len(rows) == tokens:
+        return rows, tokens_of_pairs
+    rank = np.empty(tokens, dtype=np.int64)
+    rank[rows] = np.arange(len(rows))
+    return rows, rank[tokens_of_pairs]
+
+
+def _narrow(key: Ints, bound: int | None) -> npt.NDArray[np.integer]:
+    """The same keys as uint16 where they fit: numpy sorts those by radix, 8 times faster."""
+    if len(key) < 64:
+        return key
+    if (int(key.max()) + 1 if bound is None else bound) <= 65536:
+        return key.astype(np.uint16)
+    return key
