@@ -1,0 +1,89 @@
+"""Routing traces -> windows of counts [W, L, E]; and synthetic loads, labelled as such."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+FAMILIES = {  # prefix: experts, tokens a window, bytes of one expert as published
+    "dsv2lite": (64, 1024, 3 * 2048 * 1408 * 2),  # bf16
+    "gptoss20b": (32, 2048, 3 * 2880 * 2880 * 17 // 32),  # MXFP4: 4.25 bits a weight
+}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Trace:
+    name: str
+    windows: np.ndarray  # int64 [W, L, E]
+    expert_bytes: int
+    groups: int
+
+
+def load_traces(folder: Path) -> list[Trace]:
+    """Every file as a trace, and each family's files one after the other as a drifting one."""
+    traces = []
+    for prefix, (experts, tokens, size) in FAMILIES.items():
+        parts = []
+        for path in sorted(folder.glob(f"{prefix}*.npz")):
+            ids = np.load(path)["ids"]
+            parts.append(ids)
+            if len(ids) >= 5 * tokens:
+                windows = count_windows(ids, experts, tokens)
+                traces.append(Trace(name=path.stem, windows=windows, expert_bytes=size, groups=8))
+            else:
+                print(f"({path.stem}: {len(ids)} tokens, under 5 windows: only in the drift trace)")
+        if parts:
+            windows = count_windows(np.concatenate(parts), experts, tokens)
+            name = f"{prefix} drift ({len(parts)} files)"
+            traces.append(Trace(name=name, windows=windows, expert_bytes=size, groups=8))
+    return traces
+
+
+def count_windows(ids: np.ndarray, experts: int, tokens: int) -> np.ndarray:
+    """ids [tokens, L, K] -> counts int64 [W, L, E] of whole windows."""
+    layers = ids.shape[1]
+    out = np.zeros((len(ids) // tokens, layers, experts), np.int64)
+    for w in range(len(out)):
+        part = ids[w * tokens : (w + 1) * tokens]
+        for layer in range(layers):
+            out[w, layer] = np.bincount(part[:, layer].ravel(), minlength=experts)
+    return out
+
+
+def r1_like(windows: int = 12, groups: int = 32, seed: int = 0) -> Trace:
+    """Synthetic, shaped like DeepSeek-R1 by rank: 58 layers x 256 experts, top-8.
+
+    Per layer sigma ~ U(0.35, 1.7), popularity lognormal(0, sigma), log-drift rho 0.95 a window;
+    8,192 x groups tokens a window.
+    """
+    rng = np.random.default_rng(seed)
+    return _lognormal(rng, "R1-like synthetic", windows, 58, 256, groups, 8192 * groups * 8, 44_040_192)
+
+
+def synthetic_family(name: str, layers: int, experts: int, pairs: int, seed: int, size: int) -> Trace:
+    """A fallback without trace files; same shape as a family, lognormal loads."""
+    rng = np.random.default_rng(seed)
+    return _lognormal(rng, f"{name} SYNTHETIC fallback", 20, layers, experts, 8, pairs, size)
+
+
+def _lognormal(
+    rng: np.random.Generator,
+    name: str,
+    windows: int,
+    layers: int,
+    experts: int,
+    groups: int,
+    pairs: int,
+    size: int,
+) -> Trace:
+    sigma = rng.uniform(0.35, 1.7, (layers, 1))
+    z = rng.normal(size=(layers, experts))
+    counts = np.zeros((windows, layers, experts), np.int64)
+    for w in range(windows):
+        weight = np.exp(sigma * z)
+        for layer in range(layers):
+            counts[w, layer] = rng.multinomial(pairs, weight[layer] / weight[layer].sum())
+        z = 0.95 * z + np.sqrt(1 - 0.95**2) * rng.normal(size=z.shape)
+    return Trace(name=name, windows=counts, expert_bytes=size, groups=groups)

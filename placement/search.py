@@ -1,0 +1,441 @@
+"""Local search: from a layout to a better one, one paid action a layer and round.
+
+Each round pours the scenarios over the current replicas, takes every layer's most pressed group,
+and looks for the action that relieves it most for its bytes: ADD a replica of one of its experts
+elsewhere (in free bytes, or in place of the replica that is missed least), or SWAP one of its
+experts with a lighter one of another group. The winners of all layers are tried together; those
+that do not earn their price when everything is poured again are undone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from placement.pour import Poured, host_lists, pour
+from placement.score import POWER, SOFT, layer_score, norms, powered
+from placement.types import Bools, Floats, Ints
+
+_TARGETS = 8  # groups looked at as new homes, least pressed first
+_EXPERTS = 16  # experts of the pressed group looked at, busiest first
+_HOPE = 0.3  # proposals promising this part of the margin are tried
+_FAILS = 3  # a layer rests after so many proposals that did not pay
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """One accepted action. `gain` and `price` in seconds of work a second (see Searcher)."""
+
+    kind: str  # "add", "replace", "swap"
+    layer: int
+    expert: int
+    source: int  # the pressed group it relieves
+    target: int  # where the new replica goes
+    other_layer: int = -1  # replace: the evicted replica; swap: the expert that comes back
+    other_expert: int = -1
+    loaded_bytes: int = 0
+    gain: float = 0.0
+    price: float = 0.0
+
+
+@dataclass(kw_only=True, eq=False)
+class _Proposal:
+    net: float
+    kind: int  # 0 add, 1 swap
+    layer: int
+    expert: int
+    source: int
+    target: int
+    other: int
+    price: float
+    gain: float
+    evicts: tuple[int, int] | None = None
+    before: float = field(default=0.0)
+
+
+class Searcher:
+    """The layout being improved, and what changing it costs.
+
+    load      float64 [L, M, E] scenarios in pairs/s
+    resident  bool [L, E, G], changed in place (give a copy)
+    allowed   bool [G], groups that may receive replicas
+    room      int64 [G], bytes still free
+    size      int64 [L], bytes of one replica
+    rate      float64 [G] pairs/s; base float64 [G] work already there, in pairs/s
+    price     float64 [G], what loading one byte onto the group costs, in seconds of work a second
+    margin    least gain of an action over its price, as a part of the layer's time
+    """
+
+    def __init__(
+        self,
+        *,
+        load: Floats,
+        resident: Bools,
+        allowed: Bools,
+        room: Ints,
+        size: Ints,
+        rate: Floats,
+        base: Floats,
+        price: Floats,
+        margin: float,
+        byte_limit: float = np.inf,
+    ) -> None:
+        self.load, self.resident, self.allowed = load, resident, allowed
+        self.room, self.size, self.rate, self.base = room, size, rate, base
+        self.price, self.margin, self.byte_limit = price, margin, byte_limit
+        self.layers, self.cases, self.experts = load.shape
+        self.groups = len(rate)
+        self.mean_load = load.mean(1)
+        self.loaded = 0
+        self.changes: list[Change] = []
+        self._tabu = np.zeros(resident.shape, np.bool_)
+        self._fails = np.zeros(self.layers, np.int64)
+
+    def run(self, rounds: int) -> None:
+        """Improve for at most so many rounds, or until no action pays anywhere."""
+        poured = self._pour()
+        score = layer_score(poured.level, self.rate)
+        for _ in range(rounds):
+            proposals = self._choose(self._propose(poured, score), poured)
+            if not proposals:
+                if (self._fails >= _FAILS).all():
+                    break
+                continue
+            poured, score = self._try(proposals, poured, score)
+        self.score = score
+        self.level = poured.level
+
+    def _pour(self) -> Poured:
+        hosts, copies = host_lists(self.resident)
+        self._copies = copies
+        return pour(self.load, hosts, copies, self.rate, self.base)
+
+    # -- proposing ---------------------------------------------------------------------------
+
+    def _propose(self, poured: Poured, score: Floats) -> list[_Proposal]:
+        live = np.flatnonzero(self._fails < _FAILS)
+        if not len(live):
+            return []
+        level = poured.level[live]  # [N, M, G]
+        scale = np.maximum(level.max(2, keepdims=True), 1e-300)
+        relative = level / scale
+        pressure = powered(relative).mean(1)  # [N, G]
+        source = pressure.argmax(1)
+        has_room = (self.room[None, :] >= self.size[live][:, None]) | self._victims(poured)[None, :]
+        mean = relative.mean(1) + np.where(has_room, 0.0, 0.02) + np.where(self.allowed, 0, 1e6)
+        mean[np.arange(len(live)), source] = np.inf
+        width = min(_TARGETS, self.groups - 1)
+        if width < 1:
+            self._fails[:] = _FAILS
+            return []
+        target = np.argpartition(mean, width - 1, axis=1)[:, :width]  # [N, T]
+        flow, on_source = self._flows(poured, live, source)  # [N, E, M]
+        depth = min(_EXPERTS, self.experts)
+        busy = np.where(on_source, flow.mean(2), -1.0)
+        expert = np.argpartition(-busy, depth - 1, axis=1)[:, :depth]  # [N, S]
+        n = np.arange(len(live))[:, None]
+        amount = np.where((busy[n, expert] > 0)[:, :, None], flow[n, expert], 0.0)  # [N, S, M]
+        unit = np.maximum(scale[:, :, 0], 1e-300)  # [N, M]
+        calc = _Gains(self.rate, relative, unit, source, target)
+        adds = calc.add(amount)  # [N, S, T]
+        price = self.size[live][:, None] * self.price[target]  # [N, T]
+        closed = self.resident[live[:, None, None], expert[:, :, None], target[:, None, :]]
+        closed = closed | self._tabu[live[:, None, None], expert[:, :, None], target[:, None, :]]
+        closed |= ~self.allowed[target][:, None, :] | ~has_room[n, target][:, None, :]
+        add_net = np.where(closed, -np.inf, adds - price[:, None, :])
+        best_add = add_net.reshape(len(live), -1).argmax(1)
+        swap_net, swap_gain, swap_price, partner = self._swaps(
+            live, source, target, expert, amount, calc
+        )
+        best_swap = swap_net.reshape(len(live), -1).argmax(1)
+        found = []
+        floor = self.margin * score
+        for i, layer in enumerate(live.tolist()):
+            s, t = divmod(int(best_add[i]), width)
+            net = float(add_net[i, s, t])
+            s2, rest = divmod(int(best_swap[i]), width * partner.shape[2])
+            t2, f2 = divmod(rest, partner.shape[2])
+            net2 = float(swap_net[i, s2, t2, f2])
+            swap = net2 > net
+            # the estimate is first order and cautious; what counts is measured in _try
+            if max(net, net2) <= _HOPE * floor[layer]:
+                self._fails[layer] = _FAILS
+                continue
+            found.append(
+                _Proposal(
+                    net=max(net, net2),
+                    kind=int(swap),
+                    layer=layer,
+                    expert=int(expert[i, s2 if swap else s]),
+                    source=int(source[i]),
+                    target=int(target[i, t2 if swap else t]),
+                    other=int(partner[i, t2, f2]) if swap else -1,
+                    price=float(swap_price[i, t2] if swap else price[i, t]),
+                    gain=float(swap_gain[i, s2, t2, f2] if swap else adds[i, s, t]),
+                )
+            )
+        return found
+
+    def _flows(self, poured: Poured, live: Ints, source: Ints) -> tuple[Floats, Bools]:
+        """Pairs/s of each expert on the pressed group, [N, E, M], and which experts are there."""
+        on_source = self.resident[live, :, source]  # [N, E]
+        single = on_source & (self._copies[live] == 1)
+        flow = np.where(single[:, :, None], self.load[live].transpose(0, 2, 1), 0.0)
+        if poured.rep.shape[1]:
+            here = poured.hosts[live] == source[:, None, None]  # [N, R, C]
+            part = (poured.flow[live] * here[:, :, None, :]).sum(3)  # [N, R, M]
+            n, r = np.nonzero(here.any(2))
+            flow[n, poured.rep[live][n, r]] = part[n, r]
+        return flow, on_source
+
+    def _swaps(
+        self,
+        live: Ints,
+        source: Ints,
+        target: Ints,
+        expert: Ints,
+        amount: Floats,
+        calc: _Gains,
+    ) -> tuple[Floats, Floats, Floats, Ints]:
+        """Gains [N, S, T, F] of swapping expert s against the f-th lightest single of target t."""
+        n = np.arange(len(live))[:, None]
+        single = self._copies[live] == 1
+        there = self.resident[live[:, None], :, target] & single[:, None, :]  # [N, T, E]
+        weight = np.where(there, self.mean_load[live][:, None, :], np.inf)
+        depth = min(_EXPERTS, self.experts)
+        partner = np.argpartition(weight, depth - 1, axis=2)[:, :, :depth]  # [N, T, F]
+        real = np.isfinite(np.take_along_axis(weight, partner, 2))
+        back = self.load[live].transpose(0, 2, 1)[n[:, :, None], partner]  # [N, T, F, M]
+        gain = calc.swap(amount, back)
+        price = self.size[live][:, None] * (self.price[target] + self.price[source][:, None])
+        can = single[n, expert][:, :, None, None] & real[:, None, :, :]
+        can &= self.allowed[target][:, None, :, None] & self.allowed[source][:, None, None, None]
+        tabu = self._tabu[live[:, None, None], expert[:, :, None], target[:, None, :]]
+        can = can & ~tabu[..., None] & (amount.mean(2) > 0)[:, :, None, None]
+        net = np.where(can, gain - price[:, None, :, None], -np.inf)
+        return net, gain, price, partner
+
+    def _victims(self, poured: Poured) -> Bools:
+        """Find the replicas that would be missed least; returns which groups have any, [G]."""
+        rep, hosts, flow = poured.rep, poured.hosts, poured.flow
+        if not rep.shape[1]:
+            self._victim_lists: list[tuple[Floats, Ints, Ints]] = []
+            self._victim_at = np.zeros(self.groups + 1, np.int64)
+            self._victim_rows = (np.zeros(0), rep[:, 0:0].ravel(), rep[:, 0:0].ravel())
+            return np.zeros(self.groups, np.bool_)
+        rates = np.append(self.rate, 0.0)[hosts]  # [L, R, C]
+        real = hosts < self.groups
+        others = rates.sum(2, keepdims=True) - rates
+        wide = np.concatenate([poured.level, np.zeros((*poured.level.shape[:2], 1))], 2)
+        held = wide[
+            np.arange(self.layers)[:, None, None, None],
+            np.arange(self.cases)[:, None],
+            hosts[:, :, None, :],
+        ]  # [L, R, M, C]
+        weight = rates[:, :, None, :]
+        around = ((held * weight).sum(3, keepdims=True) - held * weight) / np.maximum(
+            others, 1e-300
+        )[:, :, None, :]
+        top = np.maximum(poured.level.max(2), 1e-300)  # [L, M]
+        unit = top[:, None, :, None]
+        after = (around + flow / np.maximum(others, 1e-300)[:, :, None, :]) / unit
+        left = (held - flow / np.maximum(weight, 1e-300)) / unit
+        change = others[:, :, None, :] * (powered(after) - powered(around / unit)) + weight * (
+            powered(left) - powered(held / unit)
+        )
+        norm = norms(poured.level / top[:, :, None], self.rate)  # [L, M]
+        slope = norm ** (1 - POWER) / (POWER * self.rate.sum())
+        missed = (change * (slope * top)[:, None, :, None]).mean(2)  # [L, R, C]
+        flowing = flow.mean(2) / np.maximum(self.rate.sum(), 1e-300)
+        missed = np.maximum(missed, 0.0) + 1e-3 * flowing
+        layer, r, c = np.nonzero(
+            real & (self._copies[np.arange(self.layers)[:, None], rep] > 1)[:, :, None]
+        )
+        group, value = hosts[layer, r, c], missed[layer, r, c]
+        order = np.lexsort((value, group))
+        self._victim_rows = (value[order], layer[order], rep[layer, r][order])
+        self._victim_at = np.searchsorted(group[order], np.arange(self.groups + 1))
+        return self._victim_at[1:] > self._victim_at[:-1]
+
+    # -- choosing and trying -----------------------------------------------------------------
+
+    def _choose(self, proposals: list[_Proposal], poured: Poured) -> list[_Proposal]:
+        """Proposals that can go together: bytes reserved, no layer touched twice."""
+        proposals.sort(key=lambda p: (-p.net, p.layer))
+        room, cursor = self.room.copy(), self._victim_at[:-1].copy()
+        acting = {p.layer for p in proposals}
+        touched: set[int] = set()
+        left = self.byte_limit - self.loaded
+        taken = []
+        for p in proposals:
+            size = int(self.size[p.layer])
+            bytes_loaded = size * (2 if p.kind else 1)
+            if bytes_loaded > left or p.layer in touched:
+                if bytes_loaded > left:
+                    self._fails[p.layer] = _FAILS
+                continue
+            if p.kind == 0:
+                if room[p.target] >= size:
+                    room[p.target] -= size
+                elif not self._evict(p, room, cursor, touched, acting):
+                    continue
+                if p.evicts:
+                    touched.add(p.evicts[0])
+            touched.add(p.layer)
+            left -= bytes_loaded
+            taken.append(p)
+        return taken
+
+    def _evict(
+        self, p: _Proposal, room: Ints, cursor: Ints, touched: set[int], acting: set[int]
+    ) -> bool:
+        values, layers, experts = self._victim_rows
+        size = int(self.size[p.layer])
+        end = int(self._victim_at[p.target + 1])
+        for i in range(int(cursor[p.target]), min(int(cursor[p.target]) + 16, end)):
+            layer, expert = int(layers[i]), int(experts[i])
+            free_then = int(room[p.target]) + int(self.size[layer])
+            mine = layer == p.layer
+            if free_then < size or (layer in touched) or (layer in acting and not mine):
+                continue
+            if mine and expert == p.expert:
+                continue
+            if p.net - float(values[i]) <= 0:
+                break
+            p.evicts = (layer, expert)
+            room[p.target] = free_then - size
+            return True
+        self._tabu[p.layer, p.expert, p.target] = True
+        self._fails[p.layer] += 1
+        return False
+
+    def _try(
+        self, proposals: list[_Proposal], poured: Poured, score: Floats
+    ) -> tuple[Poured, Floats]:
+        for p in proposals:
+            self._apply(p)
+        tried = self._pour()
+        fresh = layer_score(tried.level, self.rate)
+        undone = False
+        for p in proposals:
+            gain = float(score[p.layer] - fresh[p.layer])
+            if p.evicts and p.evicts[0] != p.layer:
+                gain += float(score[p.evicts[0]] - fresh[p.evicts[0]])
+            if gain - p.price > self.margin * float(score[p.layer]):
+                self._accept(p, gain)
+            else:
+                self._undo(p)
+                self._tabu[p.layer, p.expert, p.target] = True
+                self._fails[p.layer] += 1
+                undone = True
+        if undone:
+            tried = self._pour()
+            fresh = layer_score(tried.level, self.rate)
+        return tried, fresh
+
+    def _apply(self, p: _Proposal) -> None:
+        size = int(self.size[p.layer])
+        cell = self.resident[p.layer]
+        cell[p.expert, p.target] = True
+        if p.kind:
+            cell[p.expert, p.source] = False
+            cell[p.other, p.target] = False
+            cell[p.other, p.source] = True
+            return
+        self.room[p.target] -= size
+        if p.evicts:
+            self.resident[p.evicts[0], p.evicts[1], p.target] = False
+            self.room[p.target] += int(self.size[p.evicts[0]])
+
+    def _undo(self, p: _Proposal) -> None:
+        size = int(self.size[p.layer])
+        cell = self.resident[p.layer]
+        cell[p.expert, p.target] = False
+        if p.kind:
+            cell[p.expert, p.source] = True
+            cell[p.other, p.target] = True
+            cell[p.other, p.source] = False
+            return
+        self.room[p.target] += size
+        if p.evicts:
+            self.resident[p.evicts[0], p.evicts[1], p.target] = True
+            self.room[p.target] -= int(self.size[p.evicts[0]])
+
+    def _accept(self, p: _Proposal, gain: float) -> None:
+        loaded = int(self.size[p.layer]) * (2 if p.kind else 1)
+        self.loaded += loaded
+        self._fails[p.layer] = 0
+        kind = "swap" if p.kind else ("replace" if p.evicts else "add")
+        other = p.evicts or ((p.layer, p.other) if p.kind else (-1, -1))
+        self.changes.append(
+            Change(
+                kind=kind,
+                layer=p.layer,
+                expert=p.expert,
+                source=p.source,
+                target=p.target,
+                other_layer=other[0],
+                other_expert=other[1],
+                loaded_bytes=loaded,
+                gain=gain,
+                price=p.price,
+            )
+        )
+
+
+class _Gains:
+    """First-order gains in J of moving tokens from the pressed group to others."""
+
+    def __init__(
+        self, rate: Floats, relative: Floats, unit: Floats, source: Ints, target: Ints
+    ) -> None:
+        """relative [N, M, G] levels over the worst of their scenario, unit [N, M] that worst."""
+        n = np.arange(len(source))
+        self._total = (powered(relative) * rate).sum(2) / rate.sum()  # [N, M]
+        self._norm = self._total ** (1 / POWER)
+        self._rate_sum = rate.sum()
+        self._unit = unit
+        self._rate_source = rate[source]  # [N]
+        self._rate_target = rate[target]  # [N, T]
+        self._source = relative[n, :, source]  # [N, M]
+        self._target = relative[n[:, None], :, target]  # [N, T, M]
+        ordered = np.partition(relative, -2, axis=2)
+        self._second = ordered[:, :, -2]  # [N, M]
+
+    def add(self, amount: Floats) -> Floats:
+        """amount [N, S, M] pairs/s of the expert on the source -> mean gain [N, S, T]."""
+        slack = self._source[:, None, :] - self._target  # [N, T, M]
+        inverse = 1 / self._rate_source[:, None] + 1 / self._rate_target  # [N, T]
+        level_out = np.maximum(slack / inverse[:, :, None], 0) * self._unit[:, None, :]
+        moved = np.minimum(amount[:, :, None, :], level_out[:, None, :, :])  # [N, S, T, M]
+        return self._mean_gain(moved)
+
+    def swap(self, amount: Floats, back: Floats) -> Floats:
+        """amount [N, S, M] out, back [N, T, F, M] in -> mean gain [N, S, T, F]."""
+        n, s, m = amount.shape
+        t, f = back.shape[1:3]
+        moved = amount[:, :, None, None, :] - back[:, None]  # [N, S, T, F, M]
+        gain = self._mean_gain(
+            moved.transpose(0, 1, 3, 2, 4).reshape(n, s * f, t, m)
+        )  # [N, S * F, T]
+        return gain.reshape(n, s, f, t).transpose(0, 1, 3, 2)
+
+    def _mean_gain(self, moved: Floats) -> Floats:
+        unit = self._unit[:, None, None, :]
+        down = self._source[:, None, None, :] - moved / (
+            self._rate_source[:, None, None, None] * unit
+        )
+        up = self._target[:, None] + moved / (self._rate_target[:, None, :, None] * unit)
+        share_source = (self._rate_source / self._rate_sum)[:, None, None, None]
+        share_target = (self._rate_target / self._rate_sum)[:, None, :, None]
+        was = share_source * powered(self._source)[:, None, None, :] + (
+            share_target * powered(self._target)[:, None]
+        )
+        total = self._total[:, None, None, :] - was
+        total = total + share_source * powered(down) + share_target * powered(up)
+        norm = np.maximum(total, 1e-300) ** (1 / POWER)
+        worst = np.maximum(np.maximum(down, up), self._second[:, None, None, :])
+        gain = (1 - SOFT) * (1 - worst) + SOFT * (self._norm[:, None, None, :] - norm)
+        result: Floats = (gain * unit).mean(-1)
+        return result
