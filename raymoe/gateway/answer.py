@@ -1,0 +1,132 @@
+"""The run of one HTTP request: its choices opened at the backend, their deltas as they come."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from raymoe.errors import RaymoeError
+from raymoe.gateway.backend import Backend, Generation
+from raymoe.gateway.choice import Choice, Delta
+from raymoe.gateway.errors import ApiError, api_error
+from raymoe.gateway.inbox import ClientGone, Inbox
+from raymoe.gateway.observe import GatewayMetrics
+
+Receive = Callable[[], Awaitable[Any]]
+Batch = list[tuple[Choice, Delta]]
+
+
+class Answer:
+    """Opens every choice, then gives `next()` batches until all have ended.
+
+    Whoever makes one calls `close()` in the end, whatever happens: that cancels what is still
+    being generated. A client that goes away ends the answer with ClientGone.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        metrics: GatewayMetrics,
+        choices: Sequence[Choice],
+        prompt_tokens: int,
+        timeout_s: float | None,
+    ) -> None:
+        self.choices = choices
+        self.prompt_tokens = prompt_tokens
+        self._backend = backend
+        self._metrics = metrics
+        self._timeout_s = timeout_s
+        self._inbox = Inbox()
+        self._generations: list[Generation] = []
+        self._unfinished = len(choices)
+        self._watcher: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._started = time.monotonic()
+        self._first_token: float | None = None
+        self._closed = False
+
+    @property
+    def completion_tokens(self) -> int:
+        return sum(choice.completion_tokens for choice in self.choices)
+
+    @property
+    def ended(self) -> bool:
+        return self._unfinished == 0
+
+    def start(self, receive: Receive) -> None:
+        """Sends the choices off. `receive` is ASGI's, with the body already read.
+
+        Raises Overloaded when there are too many; nothing is open then.
+        """
+        self._backend.admit(len(self.choices))
+        for at, choice in enumerate(self.choices):
+            self._generations.append(
+                self._backend.open(choice.request, self._inbox.deliver_to(at), self._inbox.fail)
+            )
+        self._metrics.prompt_tokens.add(self.prompt_tokens)
+        self._watcher = asyncio.create_task(self._watch(receive))
+        if self._timeout_s is not None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(self._timeout_s, self._inbox.fail, TimeoutError())
+
+    async def next(self) -> Batch:
+        """What has come since: (choice, delta) for each event, at least one; in order.
+
+        Raises ApiError when it cannot be finished and ClientGone when nobody reads it.
+        """
+        try:
+            events = await self._inbox.take()
+        except TimeoutError:
+            raise ApiError(
+                504, f"the request took longer than {self._timeout_s:g} s", code="request_timeout"
+            ) from None
+        except RaymoeError as error:
+            raise api_error(error) from error
+        if self._first_token is None:
+            self._first_token = time.monotonic()
+            self._metrics.first_token_s.observe(self._first_token - self._started)
+        batch: Batch = []
+        for at, event in events:
+            choice = self.choices[at]
+            if choice.finish is not None:
+                continue  # it ended at a stop string; this was on its way
+            if event.finish == "error":
+                raise ApiError(503, event.error or "the router failed", code="generation_failed")
+            self._metrics.generation_tokens.add(len(event.token_ids))
+            delta = choice.take(event)
+            if delta.finish is not None:
+                self._unfinished -= 1
+                self._metrics.finished.add(1, (delta.finish,))
+                if event.finish is None:
+                    self._generations[at].cancel()
+            batch.append((choice, delta))
+        return batch
+
+    def close(self) -> None:
+        """Cancels what has not ended. Repeatable."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._watcher is not None:
+            self._watcher.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
+        for choice, generation in zip(self.choices, self._generations, strict=False):
+            if choice.finish is None:
+                generation.cancel()
+                self._metrics.finished.add(1, ("abandoned",))
+        if self.ended:
+            self._observe_end(time.monotonic())
+
+    def _observe_end(self, now: float) -> None:
+        self._metrics.request_s.observe(now - self._started)
+        longest = max((choice.completion_tokens for choice in self.choices), default=0)
+        if self._first_token is not None and longest > 1:
+            self._metrics.per_token_s.observe((now - self._first_token) / (longest - 1))
+
+    async def _watch(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._inbox.fail(ClientGone())

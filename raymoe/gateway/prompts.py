@@ -1,0 +1,136 @@
+"""From a checked body to choices: prompts encoded, limits applied, one choice an output."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from raymoe.errors import RequestError
+from raymoe.gateway.choice import Choice, TextOptions
+from raymoe.gateway.sampling import (
+    COMPLETION_MAX_TOKENS,
+    check_body,
+    check_prompt,
+    draw_seed,
+    output_limit,
+    sampling_params,
+)
+from raymoe.gateway.schemas import ChatBody, CompletionBody, SamplingBody, TokenizeBody
+from raymoe.gateway.tokenizer import GatewayTokenizer
+from raymoe.requests import GenerationRequest
+from raymoe.stream.messages import ModelInfo
+
+_LONG_TEXT = 16_384  # characters; from here on encoding leaves the event loop
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One prompt of a request, checked, with what may be generated after it."""
+
+    text: str | None  # None: it came as token ids
+    ids: tuple[int, ...]
+    max_tokens: int
+
+
+async def completion_prompts(
+    body: CompletionBody, model: ModelInfo, tokenizer: GatewayTokenizer
+) -> list[Prompt]:
+    """Raises RequestError or ApiError naming the field."""
+    check_body(body, model)
+    prompts = []
+    for at, prompt in enumerate(body.prompt):
+        field = f"prompt[{at}]" if len(body.prompt) > 1 else "prompt"
+        text = prompt if isinstance(prompt, str) else None
+        if text is None:
+            ids = prompt
+        else:
+            ids = await _encode(tokenizer, text, body.add_special_tokens is not False)
+        check_prompt(ids, field, model)
+        limit = output_limit(body, len(ids), model, COMPLETION_MAX_TOKENS)
+        prompts.append(Prompt(text=text, ids=ids, max_tokens=limit))
+    return prompts
+
+
+async def chat_prompt(body: ChatBody, model: ModelInfo, tokenizer: GatewayTokenizer) -> Prompt:
+    """Raises RequestError or ApiError naming the field."""
+    check_body(body, model)
+    text = chat_text(body, tokenizer)
+    # The template writes the special tokens itself.
+    ids = await _encode(tokenizer, text, bool(body.add_special_tokens))
+    check_prompt(ids, "messages", model)
+    return Prompt(text=text, ids=ids, max_tokens=output_limit(body, len(ids), model, None))
+
+
+def chat_text(body: ChatBody | TokenizeBody, tokenizer: GatewayTokenizer) -> str:
+    """The prompt a conversation becomes."""
+    arguments: dict[str, object] = {}
+    tools = body.tools
+    proceed = False
+    if isinstance(body, ChatBody):
+        arguments.update(body.chat_template_kwargs or {})
+        if body.reasoning_effort is not None:
+            arguments["reasoning_effort"] = body.reasoning_effort
+        if body.tool_choice == "none":
+            tools = None
+        proceed = bool(body.continue_final_message)
+    reserved = {"messages", "tools", "conversation", "tokenize", "chat_template"} & set(arguments)
+    if reserved:
+        raise RequestError(f"{min(reserved)!r} may not be given here", "chat_template_kwargs")
+    assert body.messages is not None
+    begin = not proceed if body.add_generation_prompt is None else body.add_generation_prompt
+    return tokenizer.chat(
+        [message.model_dump(exclude_none=True) for message in body.messages],
+        [tool.model_dump(exclude_none=True) for tool in tools] if tools else None,
+        add_generation_prompt=begin,
+        continue_final_message=proceed,
+        template_arguments=arguments,
+    )
+
+
+def make_choices(
+    body: SamplingBody,
+    prompts: list[Prompt],
+    answer_id: str,
+    model: ModelInfo,
+    tokenizer: GatewayTokenizer,
+    *,
+    per_prompt: int,
+    logprobs: int | None,
+    prompt_logprobs: int | None,
+) -> list[Choice]:
+    """`per_prompt` choices of each prompt, in order; all under one seed."""
+    seed = draw_seed(body.seed)
+    options = TextOptions(
+        stops=body.stop,
+        include_stop=bool(body.include_stop_str_in_output),
+        skip_special_tokens=body.skip_special_tokens is not False,
+        eos_ids=model.eos_ids,
+    )
+    choices: list[Choice] = []
+    for prompt in prompts:
+        for choice in range(per_prompt):
+            sampling = sampling_params(
+                body,
+                max_tokens=prompt.max_tokens,
+                choice=choice,
+                seed=seed,
+                logprobs=logprobs,
+                prompt_logprobs=prompt_logprobs,
+            )
+            index = len(choices)
+            request = GenerationRequest(
+                request_id=f"{answer_id}-{index}",
+                prompt_ids=prompt.ids,
+                sampling=sampling,
+                priority=body.priority or 0,
+            )
+            choices.append(Choice(index, request, tokenizer, options))
+    return choices
+
+
+async def _encode(
+    tokenizer: GatewayTokenizer, text: str, add_special_tokens: bool
+) -> tuple[int, ...]:
+    if len(text) < _LONG_TEXT:
+        return tokenizer.encode(text, add_special_tokens)
+    return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens)
