@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from raymoe.engine.scheduler import StepPlan
 from raymoe.engine.sequence import Sequence
 
 SPLIT_BYTES = 192 << 10
 """A bucket is closed when padding its rows would copy more than this per layer: what one more
 gather + attention call costs (35 us on the development machine, benchmarks/engine.py)."""
+
+Chunks = list[tuple[Sequence, int]]
+"""(sequence, tokens) in packed order: decode rows (one token each) first, then prefill."""
 
 
 class Reach(NamedTuple):
@@ -62,25 +65,25 @@ class Segment:
 
 
 class StepBatch:
-    """N packed tokens: decode rows first (longest first), then prefill chunks."""
+    """N packed tokens. Decode rows in falling order of length make the fewest buckets."""
 
-    def __init__(self, plan: StepPlan, block_tokens: int, device: torch.device) -> None:
+    def __init__(self, chunks: Chunks, block_tokens: int, device: torch.device) -> None:
         self._device = device
         self._block_tokens = block_tokens
-        decode = sorted(plan.decode, key=lambda one: -len(one.tokens))
-        self.chunks: list[tuple[Sequence, int]] = [(one, 1) for one in decode] + plan.prefill
-        self._decode = decode
+        self._chunks = chunks
+        leading = takewhile(lambda chunk: chunk[1] == 1 and chunk[0].computed, chunks)
+        self._decode = [one for one, _ in leading]
         ids: list[int] = []
         positions: list[int] = []
         rows: list[int] = []
-        for sequence, tokens in self.chunks:
+        for sequence, tokens in self._chunks:
             start = sequence.computed
             span = range(start, start + tokens)
             ids += sequence.tokens[start : start + tokens]
             positions += span
             blocks = sequence.blocks
             rows += [blocks[p // block_tokens] * block_tokens + p % block_tokens for p in span]
-        self.decode_rows = len(decode)
+        self.decode_rows = len(self._decode)
         self.tokens = len(ids)
         packed = torch.tensor([ids, positions, rows], dtype=torch.int64, device=device)
         self.input_ids = packed[:1]  # [1, N]
@@ -101,7 +104,7 @@ class StepBatch:
         found = self._segments.get(reach)
         if found is None:
             found, row = [], self.decode_rows
-            for sequence, tokens in self.chunks[self.decode_rows :]:
+            for sequence, tokens in self._chunks[self.decode_rows :]:
                 found.append(self._segment(reach, sequence, row, tokens))
                 row += tokens
             self._segments[reach] = found

@@ -11,7 +11,9 @@ class BlockPool:
     Block 0 is never handed out: tables are padded with it, and it always holds zeros.
     """
 
-    def __init__(self, blocks: int, block_tokens: int) -> None:
+    def __init__(self, blocks: int, block_tokens: int, extra_blocks: int = 0) -> None:
+        """`extra_blocks` are what a sequence takes besides those of its tokens."""
+        self._extra_blocks = extra_blocks
         self.block_tokens = block_tokens
         self.blocks = blocks
         # Popped from the end, so that low ids go first and neighbours often stay together.
@@ -20,7 +22,7 @@ class BlockPool:
 
     @property
     def capacity_tokens(self) -> int:
-        return (self.blocks - 1) * self.block_tokens
+        return max(0, self.blocks - 1 - self._extra_blocks) * self.block_tokens
 
     @property
     def free(self) -> int:
@@ -31,8 +33,8 @@ class BlockPool:
         return self.blocks - 1 - len(self._free)
 
     def blocks_of(self, tokens: int) -> int:
-        """How many blocks `tokens` tokens take."""
-        return -(-tokens // self.block_tokens)
+        """How many blocks a sequence of `tokens` tokens takes."""
+        return -(-tokens // self.block_tokens) + self._extra_blocks
 
     def can_take(self, count: int) -> bool:
         return count <= len(self._free)

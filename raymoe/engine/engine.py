@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import deque
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from raymoe.engine.attention import ATTENTION, PackedStep, answering, chunk_of
-from raymoe.engine.batch import StepBatch
+from raymoe.checkpoint.families import attention_kind
+from raymoe.engine.batch import Chunks
 from raymoe.engine.blocks import BlockPool
+from raymoe.engine.cached import CachedModel
 from raymoe.engine.config import EngineConfig
-from raymoe.engine.kv import KVCache, token_bytes
 from raymoe.engine.output import (
     Reading,
     end_of,
@@ -23,12 +24,13 @@ from raymoe.engine.output import (
     take_prompt_logprobs,
     take_tokens,
 )
-from raymoe.engine.probe import probe
+from raymoe.engine.paged import PagedModel
+from raymoe.engine.probe import stock_logits
 from raymoe.engine.scheduler import Scheduler
 from raymoe.engine.seam import Experts
 from raymoe.engine.sequence import Sequence, start_sequence
 from raymoe.engine.stats import EngineStats
-from raymoe.errors import ConfigError, ExpertsUnavailable, Overloaded, RequestError
+from raymoe.errors import ExpertsUnavailable, Overloaded, RequestError
 from raymoe.requests import FinishReason, GenerationRequest, TokenEvent, TokenLogprobs
 
 
@@ -44,24 +46,14 @@ class Engine:
         self, model: Any, experts: Experts | None = None, config: EngineConfig | None = None
     ) -> None:
         self.config = config or EngineConfig()
-        self._model = model
         self.eos_ids = _eos_ids(model)
-        model.set_attn_implementation(ATTENTION)
-        shapes = probe(model, experts)
-        self._device: torch.device = next(model.parameters()).device
-        self._attention_chunks = {module: chunk_of(module) for module in shapes}
-        blocks = self.config.kv_bytes // (token_bytes(shapes) * self.config.block_tokens)
-        if blocks < 3:
-            raise ConfigError(
-                f"kv_bytes {self.config.kv_bytes} holds {blocks} blocks of "
-                f"{self.config.block_tokens} tokens ({token_bytes(shapes)} bytes a token); "
-                f"3 are the least"
-            )
-        self.pool = BlockPool(blocks, self.config.block_tokens)
-        self._cache = KVCache(shapes, blocks, self.config.block_tokens, self._device)
-        self.max_context = min(self.pool.capacity_tokens, *_limits(model, self.config.max_context))
+        self._model = _runnable(model, experts, self.config)
+        self.pool = self._model.pool
+        self.max_context = min(self.pool.capacity_tokens, *_limits(model, self.config))
         self._scheduler = Scheduler(
-            self.pool, max_batch=self.config.max_batch, chunk_tokens=self.config.chunk_tokens
+            self.pool,
+            max_batch=self.config.max_batch,
+            chunk_tokens=self.config.chunk_tokens if self._model.chunked_prefill else None,
         )
         self._sequences: dict[str, Sequence] = {}
         self._inbox: deque[GenerationRequest | str] = deque()  # a string cancels
@@ -113,22 +105,24 @@ class Engine:
         begin = perf_counter()
         events = self._drain_inbox()
         plan = self._scheduler.plan()
-        if not plan:
+        chunks = plan.chunks()
+        if not chunks:
             return events
-        fresh = self.pool.drain_fresh()
+        planned = perf_counter()
         with torch.inference_mode():
-            if fresh:
-                self._cache.zero(fresh)
-            batch = StepBatch(plan, self.config.block_tokens, self._device)
-            built = perf_counter()
+            found = readings(chunks)
             try:
-                found = readings(batch)
-                logits = self._forward(batch, rows_of(found))
+                logits = self._model.forward(chunks, rows_of(found))
             except ExpertsUnavailable as error:
-                return events + [self._end(one, error=str(error)) for one, _ in batch.chunks]
+                return events + [self._end(one, error=str(error)) for one, _ in chunks]
+            except BaseException:
+                self._model.spoilt(chunks)
+                raise
             computed = perf_counter()
-            events += self._commit(batch, found, logits)
-        self.stats.record(batch, begin, built, computed, perf_counter())
+            events += self._commit(chunks, found, logits)
+        self.stats.record(
+            plan, begin=begin, planned=planned, computed=computed, done=perf_counter()
+        )
         return events
 
     def _drain_inbox(self) -> list[TokenEvent]:
@@ -150,28 +144,13 @@ class Engine:
                 events.append(self._end(sequence, finish=finish))
         return events
 
-    def _forward(self, batch: StepBatch, rows: list[int]) -> Tensor:
-        """Logits [R, V] of the given packed rows."""
-        step = PackedStep(self._cache, batch, self._attention_chunks)
-        keep: int | Tensor = 0  # all
-        if len(rows) < batch.tokens:
-            keep = torch.tensor(rows, dtype=torch.int64, device=self._device)
-        with answering(step):
-            logits: Tensor = self._model(
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
-                use_cache=False,
-                logits_to_keep=keep,
-            ).logits[0]
-        return logits
-
-    def _commit(self, batch: StepBatch, found: list[Reading], logits: Tensor) -> list[TokenEvent]:
+    def _commit(self, chunks: Chunks, found: list[Reading], logits: Tensor) -> list[TokenEvent]:
         """Let the step have happened: only from here on does any sequence change."""
         take_prompt_logprobs(logits, found)
         tokens, logprobs = take_tokens(logits, found, self.eos_ids)
         drawn = iter(zip(tokens, logprobs, strict=True))
         events = []
-        for reading, (sequence, count) in zip(found, batch.chunks, strict=True):
+        for reading, (sequence, count) in zip(found, chunks, strict=True):
             sequence.computed += count
             if reading.sample is not None:
                 token, logprob = next(drawn)
@@ -219,6 +198,34 @@ def _take_once(sequence: Sequence) -> tuple[TokenLogprobs, ...]:
     return tuple(sequence.prompt_logprobs)
 
 
+class Runnable(Protocol):
+    """A model with a pool of blocks that runs chunks of sequences."""
+
+    pool: BlockPool
+    token_bytes: int
+    chunked_prefill: bool
+
+    def forward(self, chunks: Chunks, rows: list[int]) -> Tensor:
+        """Logits [R, V] of the given packed rows."""
+        ...
+
+    def spoilt(self, chunks: Chunks) -> None:
+        """Make the sequences runnable again after a forward of `chunks` that raised."""
+        ...
+
+
+def _runnable(model: Any, experts: Experts | None, config: EngineConfig) -> Runnable:
+    """Packed where the family's state is keys and values, proved on a few tokens; else by cache."""
+    if attention_kind(model) == "softmax":
+        stock = model.config._attn_implementation
+        truth = stock_logits(model, experts)
+        paged = PagedModel(model, experts, config)
+        if paged.agrees(truth, experts):
+            return paged
+        model.set_attn_implementation(stock)
+    return CachedModel(model, experts, config)
+
+
 def _eos_ids(model: Any) -> frozenset[int]:
     """Ids that end a text: the generation config's, else the model config's."""
     for source in (getattr(model, "generation_config", None), model.config.get_text_config()):
@@ -228,8 +235,9 @@ def _eos_ids(model: Any) -> frozenset[int]:
     return frozenset()
 
 
-def _limits(model: Any, max_context: int | None) -> list[int]:
-    """The context lengths that the checkpoint and the settings allow."""
-    config = model.config.get_text_config()
-    own = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
-    return [limit for limit in (own, max_context) if limit is not None]
+def _limits(model: Any, config: EngineConfig) -> list[int]:
+    """The context lengths that the checkpoint and the settings allow, as far as they say."""
+    own = model.config.get_text_config()
+    names = ("max_position_embeddings", "max_seq_len")
+    found = [getattr(own, name, None) for name in names]
+    return [limit for limit in (*found, config.max_context, sys.maxsize) if limit is not None]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from raymoe.engine.batch import StepBatch
+from raymoe.engine.batch import Chunks
 from raymoe.engine.sampling import Draw, logprobs, pick
 from raymoe.engine.sequence import Sequence
 from raymoe.requests import FinishReason, TokenLogprobs
@@ -28,10 +28,10 @@ class Reading:
     sample: int | None
 
 
-def readings(batch: StepBatch) -> list[Reading]:
+def readings(chunks: Chunks) -> list[Reading]:
     """What to read of a step, in row order."""
     found, row = [], 0
-    for one, tokens in batch.chunks:
+    for one, tokens in chunks:
         done = one.computed + tokens
         wanted = done == len(one.tokens) and one.sampling.max_tokens > 0
         prompt, prompt_from = range(0), 0

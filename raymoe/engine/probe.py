@@ -17,7 +17,8 @@ from raymoe.engine.attention import AttentionCall, answering, attend
 from raymoe.engine.kv import KVShape
 from raymoe.engine.seam import Experts
 
-PROBE_IDS = (0, 1, 2, 3)
+PROBE_IDS = (0, 1, 2, 3, 4, 5)
+"""In every vocabulary."""
 
 
 class ShapeRecorder:
@@ -48,12 +49,19 @@ def probe(model: Any, experts: Experts | None) -> dict[nn.Module, KVShape]:
     The experts are silenced meanwhile, so that an engine can be built before any group is ready.
     """
     recorder = ShapeRecorder()
+    with answering(recorder):
+        stock_logits(model, experts)
+    return recorder.shapes
+
+
+def stock_logits(model: Any, experts: Experts | None) -> Tensor:
+    """Logits [len(PROBE_IDS), V] of one plain forward, with the experts silenced."""
     device = next(model.parameters()).device
     ids = torch.tensor([PROBE_IDS], device=device)
     positions = torch.arange(len(PROBE_IDS), device=device).unsqueeze(0)
-    with torch.inference_mode(), answering(recorder), silenced(experts):
-        model(input_ids=ids, position_ids=positions, use_cache=False)
-    return recorder.shapes
+    with torch.inference_mode(), silenced(experts):
+        logits: Tensor = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
+    return logits
 
 
 _SILENCING = threading.Lock()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import sys
 from dataclasses import dataclass
 
 from raymoe.engine.blocks import BlockPool
@@ -20,19 +21,21 @@ class StepPlan:
         return bool(self.decode or self.prefill)
 
     def chunks(self) -> list[tuple[Sequence, int]]:
-        """All (sequence, tokens) in row order."""
-        return [(sequence, 1) for sequence in self.decode] + self.prefill
+        """All (sequence, tokens) in row order: decode rows first, the longest first of all."""
+        decode = sorted(self.decode, key=lambda one: -len(one.tokens))
+        return [(one, 1) for one in decode] + self.prefill
 
 
 class Scheduler:
     """Waiting and running sequences over one pool of blocks.
 
     Every running sequence that decodes gets its row in every step; prefill shares a budget of
-    `chunk_tokens` tokens a step, first come first served. When blocks run out, the sequence that
-    would be served last loses its blocks and waits to be computed again (its tokens are kept).
+    `chunk_tokens` tokens a step (None: whole prompts), first come first served. When blocks run
+    out, the sequence that would be served last loses its blocks and waits to be computed again
+    (its tokens are kept).
     """
 
-    def __init__(self, pool: BlockPool, *, max_batch: int, chunk_tokens: int) -> None:
+    def __init__(self, pool: BlockPool, *, max_batch: int, chunk_tokens: int | None) -> None:
         self.pool = pool
         self.max_batch = max_batch
         self.chunk_tokens = chunk_tokens
@@ -60,7 +63,7 @@ class Scheduler:
         self._admit()
         decode = [one for one in self.running if one.pending == 1 and one.computed]
         prefill: list[tuple[Sequence, int]] = []
-        budget = self.chunk_tokens
+        budget = sys.maxsize if self.chunk_tokens is None else self.chunk_tokens
         for one in self.running:
             if one.pending == 1 and one.computed:
                 continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from raymoe.engine.batch import StepBatch
+from raymoe.engine.scheduler import StepPlan
 
 
 @dataclass(slots=True)
@@ -14,16 +14,16 @@ class EngineStats:
     steps: int = 0
     decode_tokens: int = 0
     prefill_tokens: int = 0
-    plan_s: float = 0.0  # scheduling and index tensors
-    forward_s: float = 0.0  # the model, with attention and the wait for experts
+    plan_s: float = 0.0  # scheduling
+    forward_s: float = 0.0  # the model, with index tensors, attention and the wait for experts
     sample_s: float = 0.0  # sampling and events
 
     def record(
-        self, batch: StepBatch, begin: float, built: float, computed: float, done: float
+        self, plan: StepPlan, *, begin: float, planned: float, computed: float, done: float
     ) -> None:
         self.steps += 1
-        self.decode_tokens += batch.decode_rows
-        self.prefill_tokens += batch.tokens - batch.decode_rows
-        self.plan_s += built - begin
-        self.forward_s += computed - built
+        self.decode_tokens += len(plan.decode)
+        self.prefill_tokens += sum(tokens for _, tokens in plan.prefill)
+        self.plan_s += planned - begin
+        self.forward_s += computed - planned
         self.sample_s += done - computed

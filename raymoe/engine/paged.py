@@ -1,0 +1,97 @@
+"""The fast way to run a model: one packed forward a step over the paged KV cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raymoe.engine.attention import ATTENTION, PackedStep, answering, chunk_of
+from raymoe.engine.batch import Chunks, StepBatch
+from raymoe.engine.blocks import BlockPool
+from raymoe.engine.config import EngineConfig
+from raymoe.engine.kv import KVCache, token_bytes
+from raymoe.engine.probe import PROBE_IDS, probe, silenced
+from raymoe.engine.seam import Experts
+from raymoe.engine.sequence import Sequence, start_sequence
+from raymoe.errors import ConfigError
+from raymoe.requests import GenerationRequest, SamplingParams
+
+AGREE_WITHIN = 0.02
+"""Of the largest logit: far above rounding, also in bfloat16, far below any wrong attention."""
+
+
+class PagedModel:
+    """A model whose every layer is softmax attention with a KV cache of its own.
+
+    Raises `ConfigError` when the budget holds fewer than two blocks.
+    """
+
+    chunked_prefill = True
+
+    def __init__(self, model: Any, experts: Experts | None, config: EngineConfig) -> None:
+        self._model = model
+        self._device: torch.device = next(model.parameters()).device
+        model.set_attn_implementation(ATTENTION)
+        shapes = probe(model, experts)
+        self.token_bytes = token_bytes(shapes)
+        self._attention_chunks = {module: chunk_of(module) for module in shapes}
+        self.pool = BlockPool(
+            block_count(config, self.token_bytes * config.block_tokens), config.block_tokens
+        )
+        self._cache = KVCache(shapes, self.pool.blocks, config.block_tokens, self._device)
+
+    def forward(self, chunks: Chunks, rows: list[int]) -> Tensor:
+        """Logits [R, V] of the given packed rows; decode rows come first in `chunks`.
+
+        Keys and values are written by position: running a step again changes nothing.
+        """
+        fresh = self.pool.drain_fresh()
+        if fresh:
+            self._cache.zero(fresh)
+        batch = StepBatch(chunks, self.pool.block_tokens, self._device)
+        keep: int | Tensor = 0  # all
+        if len(rows) < batch.tokens:
+            keep = torch.tensor(rows, dtype=torch.int64, device=self._device)
+        with answering(PackedStep(self._cache, batch, self._attention_chunks)):
+            logits: Tensor = self._model(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                use_cache=False,
+                logits_to_keep=keep,
+            ).logits[0]
+        return logits
+
+    def agrees(self, truth: Tensor, experts: Experts | None) -> bool:
+        """Whether PROBE_IDS, in two chunks and then token by token, give the logits `truth`.
+
+        It shows a family that keeps other state between tokens than keys and values.
+        """
+        request = GenerationRequest(
+            request_id="", prompt_ids=PROBE_IDS, sampling=SamplingParams(seed=0)
+        )
+        sequence: Sequence = start_sequence(request, 0)
+        sequence.blocks = self.pool.take(self.pool.blocks_of(len(PROBE_IDS)))
+        found = []
+        with torch.inference_mode(), silenced(experts):
+            for tokens in (2, 2, *(1 for _ in PROBE_IDS[4:])):
+                found.append(self.forward([(sequence, tokens)], list(range(tokens))))
+                sequence.computed += tokens
+        self.pool.give_back(sequence.blocks)
+        differ = (torch.cat(found) - truth).abs().max()
+        return bool(differ <= AGREE_WITHIN * truth.abs().max())
+
+    def spoilt(self, chunks: Chunks) -> None:
+        """A forward was cut short: nothing to undo."""
+
+
+def block_count(config: EngineConfig, block_bytes: int) -> int:
+    """How many blocks the budget holds. Raises ConfigError when that is less than three."""
+    blocks = config.kv_bytes // block_bytes
+    if blocks < 3:
+        raise ConfigError(
+            f"kv_bytes {config.kv_bytes} holds {blocks} blocks of {block_bytes} bytes "
+            f"({config.block_tokens} tokens each); 3 are the least"
+        )
+    return blocks
