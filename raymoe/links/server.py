@@ -241,6 +241,9 @@ class Server:
         self.wake()
         if threading.current_thread() is not self._thread:
             self._thread.join(5)
+        until = time.monotonic() + 1.0
+        while self._polling and time.monotonic() < until:
+            time.sleep(0.0005)  # closing the descriptor of the wake-up could take the wake-up back
         with self._lock:
             self._close_all()
 
@@ -295,7 +298,7 @@ class Server:
         now = time.monotonic()
         if now < self._look_again_s:
             return
-        self._look_again_s = now + 0.25
+        self._look_again_s = now + min(0.25, self.config.lease_s / 4, self.config.handshake_s / 4)
         with self._lock:
             for greeting in list(self._strangers.values()):
                 if now - greeting.since_s > self.config.handshake_s:
