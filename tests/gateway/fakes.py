@@ -1,4 +1,4 @@
-"""Routers without a model: the real stream server, and tokens that are a function of the request."""
+"""Routers without a model: the real stream server, tokens a function of the request."""
 
 from __future__ import annotations
 
