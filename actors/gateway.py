@@ -1,0 +1,91 @@
+"""The gateway's shell: the HTTP application, told by Ray where routers and controller are."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse, Response
+
+from actors.controller import find_controller
+from raymoe.checkpoint.spec import ModelSpec
+from raymoe.config import DeploymentConfig, read_secret
+from raymoe.errors import RaymoeError, RouterUnavailable
+from raymoe.gateway import AppConfig, GatewayTokenizer, PoolConfig, RouterPool, create_app
+from raymoe.identity import identity_of
+from raymoe.stream.messages import StreamEndpoint
+
+_ASK_S = 5.0
+
+
+class ControllerProxy:
+    """The controller, found by name anew after each failure; it may be restarting."""
+
+    def __init__(self, deployment: str) -> None:
+        self._deployment = deployment
+        self._handle: Any = None
+
+    async def ask(self, method: str) -> Any:
+        """Result of a method without arguments. Raises RouterUnavailable with what went wrong."""
+        try:
+            if self._handle is None:
+                self._handle = await asyncio.to_thread(find_controller, self._deployment)
+            return await asyncio.wait_for(getattr(self._handle, method).remote(), _ASK_S)
+        except (ValueError, TimeoutError, ray.exceptions.RayError) as e:
+            self._handle = None
+            raise RouterUnavailable(f"the placement controller does not answer: {e!r}") from e
+
+
+class RouterDirectory:
+    """The routers' stream endpoints; the last known ones while the controller is away."""
+
+    def __init__(self, controller: ControllerProxy) -> None:
+        self._controller = controller
+        self._known: list[StreamEndpoint] = []
+
+    async def __call__(self) -> Sequence[StreamEndpoint]:
+        try:
+            routers = await self._controller.ask("routers")
+        except RaymoeError:
+            return self._known
+        self._known = [
+            StreamEndpoint.from_dict(r["endpoint"]) for r in routers if r["state"] == "ready"
+        ]
+        return self._known
+
+
+def gateway_app(config: dict[str, Any], spec_json: str) -> FastAPI:
+    """The ASGI application of one gateway replica."""
+    checked = DeploymentConfig.model_validate(config)
+    spec = ModelSpec.from_json(spec_json)
+    controller = ControllerProxy(checked.name)
+    pool = RouterPool(
+        RouterDirectory(controller),
+        identity=identity_of(checked, spec),
+        secret=read_secret(checked),
+        node=str(ray.get_runtime_context().get_node_id()),
+        name=f"gateway-{os.getpid()}",
+        config=PoolConfig(
+            max_in_flight=checked.gateway.max_in_flight,
+            router_wait_s=checked.gateway.router_wait_s,
+        ),
+    )
+    app = create_app(
+        pool,
+        GatewayTokenizer.load(spec.path),
+        AppConfig(
+            model_name=checked.served_model_name,
+            request_timeout_s=checked.gateway.request_timeout_s,
+        ),
+        placement=lambda: controller.ask("placement"),
+    )
+
+    @app.get("/status")
+    async def status() -> Response:
+        return JSONResponse(await controller.ask("status"))
+
+    return app
