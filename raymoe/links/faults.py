@@ -1,4 +1,4 @@
-"""A link that fails on order, for tests: drop, delay, corrupt, or lose the peer at a chosen message.
+"""A link that fails on order, for tests: drop, delay, corrupt, or lose the peer at some message.
 
 Wraps any Link. Messages are the submitted requests, counted from 1.
 """
