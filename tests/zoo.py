@@ -210,7 +210,7 @@ def tiny_model(family: str) -> nn.Module:
 
 
 def tiny_checkpoint(family: str, folder: Path, **save: Any) -> Path:
-    """Save `tiny_model(family)` as safetensors into `folder`/family; `save` goes to transformers."""
+    """`tiny_model(family)` as safetensors in `folder`/family; `save` goes to `save_pretrained`."""
     path = folder / family
     if not path.exists():
         tiny_model(family).save_pretrained(path, **save)  # type: ignore[operator]

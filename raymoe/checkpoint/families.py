@@ -119,7 +119,9 @@ def maths_of(module: nn.Module, family: str) -> ExpertMaths:
     stored = sample.view(64, 2, 16).transpose(1, 2).reshape(64, 32) if interleaved else sample
     truth = _own_join(module, stored, gated)
     for maths in _candidates(module, gated):
-        if torch.allclose(join(maths, sample.clone()), truth, rtol=1e-5, atol=1e-6):
+        *gate, up = sample.clone().chunk(2 if gated else 1, dim=-1)
+        ours = join(maths, gate[0] if gate else None, up, torch.empty_like(truth))
+        if torch.allclose(ours, truth, rtol=1e-5, atol=1e-6):
             return replace(maths, bias=bool(getattr(module, "has_bias", False)))
     raise CheckpointError(
         f"the expert FFN of family {family!r} ({type(module).__name__}) is not one that "

@@ -1,4 +1,4 @@
-"""The activations of expert FFNs, and the join of gate and up, both in place where they can be."""
+"""The activations of expert FFNs, and the join of gate and up between the two products."""
 
 from __future__ import annotations
 
@@ -7,30 +7,35 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from raymoe.checkpoint.spec import ExpertMaths
 
-Activation = Callable[[torch.Tensor], torch.Tensor]
+Activation = Callable[[Tensor], Tensor]
 
 
-def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+def _silu(x: Tensor) -> Tensor:
+    return F.silu(x, inplace=True)
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-def _relu2(x: torch.Tensor) -> torch.Tensor:
+def _relu2(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
-def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
+def _quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-def _gelu_new(x: torch.Tensor) -> torch.Tensor:
+def _gelu_new(x: Tensor) -> Tensor:
     return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
 
 
 ACTIVATIONS: dict[str, Activation] = {
-    "silu": F.silu,
+    "silu": _silu,
     "gelu": F.gelu,
     "gelu_tanh": _gelu_tanh,
     "gelu_new": _gelu_new,
@@ -38,26 +43,27 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu": F.relu,
     "relu2": _relu2,
 }
-"""By the names used in `ExpertMaths.activation`."""
+"""By the names used in `ExpertMaths.activation`. They may overwrite their input."""
 
 
-def join(maths: ExpertMaths, up: torch.Tensor) -> torch.Tensor:
-    """[P, 2F] (gated) or [P, F] -> [P, F], as `ExpertMaths` says. May overwrite `up`."""
-    if not maths.gated:
-        return ACTIVATIONS[maths.activation](up)
-    gate, up = up.chunk(2, dim=-1)
-    if maths.limit is not None:
-        up = up.clamp(-maths.limit, maths.limit)
+def join(maths: ExpertMaths, gate: Tensor | None, up: Tensor, out: Tensor) -> Tensor:
+    """gate (None for a family without one) and up, both [..., F] -> out, as `ExpertMaths` says.
+
+    May overwrite gate and up. All three may be strided.
+    """
+    if gate is None:
+        return out.copy_(ACTIVATIONS[maths.activation](up))
+    limit = maths.limit
+    if limit is not None:
+        up.clamp_(-limit, limit)
         if not maths.limit_after:
-            gate = gate.clamp(max=maths.limit)
+            gate.clamp_(max=limit)
     if maths.alpha != 1.0:
         gate = gate * torch.sigmoid(gate * maths.alpha)
-    elif maths.activation == "silu":
-        gate = F.silu(gate, inplace=True)
     else:
         gate = ACTIVATIONS[maths.activation](gate)
-    if maths.limit_after and maths.limit is not None:
-        gate = gate.clamp(max=maths.limit)
+    if limit is not None and maths.limit_after:
+        gate.clamp_(max=limit)
     if maths.up_shift:
-        up = up + maths.up_shift
-    return gate.mul_(up)
+        up.add_(maths.up_shift)
+    return torch.mul(gate, up, out=out)

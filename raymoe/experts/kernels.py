@@ -1,7 +1,7 @@
-"""How a batch of pairs goes through the experts of one layer: one seam, several kernels.
+"""How a message's pairs go through the experts of one layer: one seam, several kernels.
 
 A kernel turns a stored record into whatever it computes with (`prepare`, once a replica) and runs
-runs of rows through prepared replicas (`run`, once a message).
+runs of rows through prepared replicas (`run`, once a message). `raymoe.experts.choose` picks one.
 """
 
 from __future__ import annotations
@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 
 from raymoe.checkpoint.record import ExpertRecord
-from raymoe.checkpoint.spec import ExpertMaths, LayerSpec
-from raymoe.experts.activations import join
+from raymoe.checkpoint.spec import LayerSpec
 
 Prepared = Any
 """A replica as its kernel wants it; opaque to the shard."""
 
 
 class ExpertKernel(Protocol):
-    """The expert FFN over rows sorted by expert."""
+    """The expert FFN over pairs sorted by expert."""
 
     def prepare(self, layer: LayerSpec, record: ExpertRecord) -> Prepared:
         """The replica's weights on the kernel's device, in its dtype; owns its memory."""
@@ -32,72 +31,14 @@ class ExpertKernel(Protocol):
         self,
         layer: LayerSpec,
         replicas: list[Prepared],
-        rows: Tensor,
         counts: list[int],
-        out: Tensor,
-    ) -> None:
-        """rows [P, D] in runs of counts[i] for replicas[i] -> out [P, D]. One thread at a time."""
+        x: Tensor,
+        token_of_pair: Tensor,
+    ) -> Tensor:
+        """x [N, D] rows token_of_pair [P], in runs of counts[i] for replicas[i] -> [P, D].
 
-
-class DenseKernel:
-    """Plain products, expert by expert, into scratch that is kept between messages."""
-
-    def __init__(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        self._device = device
-        self._dtype = dtype
-        self._scratch = torch.empty(0, dtype=dtype, device=device)
-
-    def prepare(self, layer: LayerSpec, record: ExpertRecord) -> dict[str, Tensor]:
-        return {
-            name: torch.empty(tensor.shape, dtype=self._dtype, device=self._device).copy_(tensor)
-            for name, tensor in record.tensors.items()
-        }
-
-    def record(
-        self, layer: LayerSpec, prepared: dict[str, Tensor], dtype: torch.dtype
-    ) -> ExpertRecord:
-        return ExpertRecord(
-            tensors={
-                name: torch.empty(tensor.shape, dtype=dtype).copy_(tensor)
-                for name, tensor in prepared.items()
-            }
-        )
-
-    def run(
-        self,
-        layer: LayerSpec,
-        replicas: list[dict[str, Tensor]],
-        rows: Tensor,
-        counts: list[int],
-        out: Tensor,
-    ) -> None:
-        maths = layer.maths
-        width = layer.inner * (2 if maths.gated else 1)
-        up = self._rows(rows.shape[0], width)  # [P, 2F]
-        for replica, x, y in zip(replicas, _runs(rows, counts), _runs(up, counts), strict=True):
-            _product(x, replica, "up", maths, y)
-        inner = join(maths, up)  # [P, F]
-        for replica, x, y in zip(replicas, _runs(inner, counts), _runs(out, counts), strict=True):
-            _product(x, replica, "down", maths, y)
-
-    def _rows(self, rows: int, width: int) -> Tensor:
-        if self._scratch.numel() < rows * width:
-            self._scratch = torch.empty(rows * width, dtype=self._dtype, device=self._device)
-        return self._scratch[: rows * width].view(rows, width)
-
-
-def _runs(rows: Tensor, counts: list[int]) -> tuple[Tensor, ...]:
-    """[P, ...] -> views of counts[i] rows each."""
-    return torch.split(rows, counts)
-
-
-def _product(
-    x: Tensor, replica: dict[str, Tensor], which: str, maths: ExpertMaths, out: Tensor
-) -> None:
-    if maths.bias:
-        torch.addmm(replica[f"{which}_bias"], x, replica[which], out=out)
-    else:
-        torch.mm(x, replica[which], out=out)
+        The result is scratch: valid until the next run. One thread at a time.
+        """
 
 
 class IdentityKernel:
@@ -113,8 +54,8 @@ class IdentityKernel:
         self,
         layer: LayerSpec,
         replicas: list[ExpertRecord],
-        rows: Tensor,
         counts: list[int],
-        out: Tensor,
-    ) -> None:
-        out.copy_(rows)
+        x: Tensor,
+        token_of_pair: Tensor,
+    ) -> Tensor:
+        return x.index_select(0, token_of_pair)

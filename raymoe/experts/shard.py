@@ -11,7 +11,8 @@ from torch import Tensor
 from raymoe.checkpoint.record import ExpertRecord
 from raymoe.checkpoint.spec import ModelSpec
 from raymoe.errors import ConfigError
-from raymoe.experts.kernels import DenseKernel, ExpertKernel, Prepared
+from raymoe.experts.choose import choose_kernels
+from raymoe.experts.kernels import ExpertKernel, Prepared
 
 
 class ExpertShard:
@@ -33,14 +34,14 @@ class ExpertShard:
         self.spec = spec
         self.budget_bytes = budget_bytes
         self._dtype = dtype
-        self._kernel = kernel or DenseKernel(device, dtype)
+        self._kernels = (
+            choose_kernels(spec, device, dtype) if kernel is None else [kernel] * spec.layers
+        )
         self._bytes = spec.resident_bytes(str(dtype).removeprefix("torch."))
         self._replicas: list[list[Prepared | None]] = [[None] * n for n in spec.experts_of_layer]
         self._resident_bytes = 0
         self._change = threading.Lock()
         self._compute = threading.Lock()
-        self._gathered = torch.empty(0, dtype=dtype, device=device)
-        self._results = torch.empty(0, dtype=dtype, device=device)
 
     @property
     def resident_bytes(self) -> int:
@@ -74,7 +75,7 @@ class ExpertShard:
                 )
             self._resident_bytes += needed
         try:
-            prepared = self._kernel.prepare(self.spec.layer_specs[layer], record)
+            prepared = self._kernels[layer].prepare(self.spec.layer_specs[layer], record)
         except BaseException:
             with self._change:
                 self._resident_bytes -= needed
@@ -103,7 +104,7 @@ class ExpertShard:
         if prepared is None:
             return None
         stored = getattr(torch, self.spec.stored_dtype)
-        return self._kernel.record(self.spec.layer_specs[layer], prepared, stored)
+        return self._kernels[layer].record(self.spec.layer_specs[layer], prepared, stored)
 
     def compute(
         self,
@@ -129,33 +130,22 @@ class ExpertShard:
         if any(replica is None for replica in replicas):
             return [e for e, replica in zip(experts, replicas, strict=True) if replica is None]
         with self._compute, torch.inference_mode():
-            pairs, hidden = token_of_pair.shape[0], x.shape[1]
-            rows, results = self._buffers(pairs, hidden)
             if x.dtype != self._dtype:
                 x = x.to(self._dtype)
-            torch.index_select(x, 0, token_of_pair, out=rows)
-            direct = weights is None and out.dtype == self._dtype
-            target = out if direct else results
-            self._kernel.run(self.spec.layer_specs[layer], replicas, rows, counts.tolist(), target)
-            if weights is not None:
-                results.mul_(weights.unsqueeze(1))
-                self._sum(results, token_of_pair, out)
-            elif not direct:
-                out.copy_(results)
+            of_pair = self._kernels[layer].run(
+                self.spec.layer_specs[layer], replicas, counts.tolist(), x, token_of_pair
+            )  # [P, D], scratch
+            if weights is None:
+                out.copy_(of_pair)
+            elif out.dtype == self._dtype:
+                _sum(of_pair, weights, token_of_pair, out)
+            else:
+                total = torch.empty(out.shape, dtype=self._dtype, device=x.device)
+                out.copy_(_sum(of_pair, weights, token_of_pair, total))
         return []
 
-    def _sum(self, results: Tensor, token_of_pair: Tensor, out: Tensor) -> None:
-        """[P, D] -> out [N, D], added up in the compute dtype."""
-        if out.dtype == self._dtype:
-            out.zero_().index_add_(0, token_of_pair, results)
-        else:
-            total = torch.zeros(out.shape, dtype=self._dtype, device=results.device)
-            out.copy_(total.index_add_(0, token_of_pair, results))
 
-    def _buffers(self, pairs: int, hidden: int) -> tuple[Tensor, Tensor]:
-        """Two [P, D] views of scratch that only grows."""
-        if self._gathered.numel() < pairs * hidden:
-            self._gathered = self._gathered.new_empty(pairs * hidden)
-            self._results = self._results.new_empty(pairs * hidden)
-        size = pairs * hidden
-        return self._gathered[:size].view(pairs, hidden), self._results[:size].view(pairs, hidden)
+def _sum(of_pair: Tensor, weights: Tensor, token_of_pair: Tensor, out: Tensor) -> Tensor:
+    """Weighted sum of rows [P, D] -> out [N, D]. Overwrites the rows."""
+    of_pair.mul_(weights.unsqueeze(1))
+    return out.zero_().index_add_(0, token_of_pair, of_pair)
