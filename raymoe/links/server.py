@@ -259,8 +259,8 @@ class Server:
                 events = self._epoll.poll(idle_s)
                 with self._lock:
                     self._handle(events)
-                    if self._woken and self._polling:
-                        os.eventfd_write(self._wake_fd, 1)  # we took what woke poll()
+                    if self._polling and (self._woken or len(self._queue)):
+                        os.eventfd_write(self._wake_fd, 1)  # we took what would have woken poll()
                 self._look_after()
             self._look_after()
 
