@@ -19,6 +19,7 @@ from raymoe.experts.shard import ExpertShard
 from raymoe.group import GroupRuntime
 from raymoe.identity import identity_of
 from raymoe.links.link import SlotTerms
+from raymoe.links.server import ServerConfig
 from raymoe.table import GroupEndpoint
 
 
@@ -46,54 +47,56 @@ class ExpertGroup:
             raise ConfigError(f"group {group_id}: device {device!r} is not to be had here")
         self._ended = threading.Event()
         self._node = _node_id()
-        plane = checked.data_plane
         self._runtime = GroupRuntime(
-            spec=spec,
-            group_id=group_id,
-            incarnation=incarnation,
-            shard=ExpertShard(spec, memory_bytes, device=device),
-            identity=identity_of(checked, spec),
-            secret=read_secret(checked),
+            spec,
+            group_id,
+            incarnation,
+            ExpertShard(spec, memory_bytes, device=device),
+            identity_of(checked, spec),
+            read_secret(checked),
+            slowdown,
             node=self._node,
-            host=ray.util.get_node_ip_address() if plane.host == "node" else plane.host,
-            terms=slot_terms(checked),
-            slowdown=slowdown,
+            config=server_config(checked, ray.util.get_node_ip_address()),
         )
-        self._runtime.start()
 
     def describe(self) -> dict[str, Any]:
-        """Who and where this group is, how fast, and what it holds already."""
+        """Who and where this group is, how fast, and what it holds already.
+
+        `speed` is pairs/s of a message of 64 pairs over 8 experts: what decoding mostly sends.
+        """
+        measured = self._runtime.measure_speed()
+        report = self._runtime.report()
         return {
             "endpoint": self._runtime.endpoint().to_dict(),
             "pid": os.getpid(),
             "node": self._node,
-            "speed": self._runtime.measure_speed(),
-            "resident": self._runtime.resident(),
-            "resident_bytes": self._runtime.resident_bytes,
+            "speed": 64 / measured.seconds(64, 8),
+            "resident": report.resident,
+            "resident_bytes": report.resident_bytes,
         }
 
     def load(self, pairs: list[tuple[int, int]]) -> int:
         """Loads replicas (layer, expert) from the checkpoint; the bytes then resident."""
         for layer, expert in pairs:
             self._runtime.add_from_checkpoint(layer, expert)
-        return self._runtime.resident_bytes
+        return self._runtime.shard.resident_bytes
 
     def copy(self, pairs: list[tuple[int, int]], source: dict[str, Any]) -> int:
         """Copies replicas from another group's memory; the bytes then resident."""
         endpoint = GroupEndpoint.from_dict(source)
         for layer, expert in pairs:
             self._runtime.add_from_peer(layer, expert, endpoint)
-        return self._runtime.resident_bytes
+        return self._runtime.shard.resident_bytes
 
     def drop(self, pairs: list[tuple[int, int]]) -> int:
         """Frees replicas; the bytes then resident."""
         for layer, expert in pairs:
             self._runtime.drop(layer, expert)
-        return self._runtime.resident_bytes
+        return self._runtime.shard.resident_bytes
 
     def report(self) -> dict[str, Any]:
-        """Counts, timings and bytes since the last report."""
-        return self._runtime.report()
+        """Counts, timings and bytes since the start (`raymoe.group.GroupReport`)."""
+        return self._runtime.report().to_dict()
 
     def hold(self) -> None:
         """Returns when the group is closed. A caller left waiting learns of a death at once."""
@@ -105,13 +108,17 @@ class ExpertGroup:
         self._ended.set()
 
 
-def slot_terms(config: DeploymentConfig) -> SlotTerms:
-    """What a link of this deployment may carry at once."""
+def server_config(config: DeploymentConfig, node_address: str) -> ServerConfig:
+    """The group's end of its links as the deployment sets it."""
     plane = config.data_plane
-    return SlotTerms(
-        slots=plane.slots,
-        request_bytes=plane.slot_bytes + (plane.slot_bytes >> 4),
-        reply_bytes=plane.slot_bytes,
+    return ServerConfig(
+        shm=plane.transport != "tcp",
+        tcp_host=node_address if plane.host == "node" else plane.host,
+        terms=SlotTerms(
+            slots=plane.slots,
+            request_bytes=plane.slot_bytes + (plane.slot_bytes >> 4),  # rows and their pairs
+            reply_bytes=plane.slot_bytes,
+        ),
     )
 
 

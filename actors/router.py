@@ -17,7 +17,9 @@ from raymoe.checkpoint.spec import ModelSpec
 from raymoe.client import ClientConfig, ExpertClient
 from raymoe.config import DeploymentConfig, read_secret
 from raymoe.control import ControlClient
-from raymoe.engine import Engine, EngineConfig
+from raymoe.engine.config import EngineConfig
+from raymoe.engine.engine import Engine
+from raymoe.errors import RouterUnavailable
 from raymoe.identity import identity_of
 from raymoe.requests import GenerationRequest
 from raymoe.stream.messages import ModelInfo
@@ -42,9 +44,8 @@ class Router:
         self._experts = ExpertClient(
             identity=identity,
             secret=secret,
-            node=self.node if plane.transport != "tcp" else "",
-            layers=spec.layers,
-            experts=spec.experts,
+            node=self.node,
+            name=self.router_id,
             config=ClientConfig(mode=plane.mode, stall_limit_s=plane.stall_limit_s),
         )
         self._control = ControlClient(
@@ -55,8 +56,10 @@ class Router:
             client=self._experts,
         )
         self._control.start()
+        self._await_table(self._config.placement.load_timeout_s)
+        model = load_dense(spec, self._experts)
         self._engine = Engine(
-            load_dense(spec, self._experts),
+            model,
             self._experts,
             EngineConfig(
                 kv_bytes=settings.kv_bytes,
@@ -74,10 +77,10 @@ class Router:
             router_id=self.router_id,
             model=ModelInfo(
                 name=self._config.served_model_name,
-                vocab=self._engine.vocab,
+                vocab=model.config.get_text_config().vocab_size,
                 context_tokens=self._engine.max_context,
-                kv_capacity_tokens=self._engine.kv_capacity_tokens,
-                eos_ids=self._engine.eos_ids,
+                kv_capacity_tokens=self._engine.pool.capacity_tokens,
+                eos_ids=tuple(sorted(self._engine.eos_ids)),
             ),
             identity=identity,
             secret=secret,
@@ -105,6 +108,16 @@ class Router:
         self._stream.close()
         self._control.close()
         self._experts.close()
+
+    def _await_table(self, limit_s: float) -> None:
+        """The engine tries a few tokens when it is made: experts must answer by then."""
+        deadline = time.monotonic() + limit_s
+        while self._experts.epoch is None:
+            if time.monotonic() > deadline:
+                raise RouterUnavailable(
+                    f"no placement table within {limit_s:.0f} s: {self._control.last_error}"
+                )
+            time.sleep(0.05)
 
     # ---- the stream's thread
 
@@ -147,7 +160,7 @@ class Router:
             "id": self.router_id,
             "pid": os.getpid(),
             "node": self.node,
-            "state": "failed" if self._died else "ready" if self._experts.has_table else "starting",
+            "state": "failed" if self._died else "ready",
             "endpoint": self._stream.endpoint.to_dict(),
             "at": time.time(),
         }
