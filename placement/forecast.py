@@ -10,6 +10,7 @@ import numpy.typing as npt
 from placement.types import Floats, check_load
 
 _SPANS = (1.0, 0.5, 0.2)  # EWMA weights of the newest window; 0.5 alone did well on real traces
+_SHIFT = 2.0  # an error so many times the usual one is a change of regime, not noise
 _KEEP = 0.97  # how slowly old errors fade from the weights and from the long mean
 
 
@@ -55,6 +56,7 @@ class Forecaster:
         prior[1] = 0.7  # before anything is known: mostly the EWMA of 0.5
         self._target = self._normal @ prior
         self._errors: list[Floats] = []
+        self._usual: list[float] = []  # sizes of the last errors that were no shift
         self._errors_kept = errors_kept
 
     def update(self, counts: npt.ArrayLike) -> None:
@@ -69,10 +71,15 @@ class Forecaster:
         if known.any():
             features = self._features()[:, known]
             truth = window[known] / totals[known, None]
-            self._learn(features, truth)
             error = np.zeros_like(window)
             error[known] = truth - self._blend(features)
-            self._errors = [*self._errors, error][-self._errors_kept :]
+            size = float(np.abs(error).sum() / known.sum())
+            if self._usual and size > _SHIFT * float(np.median(self._usual)):
+                self._forget()
+            else:
+                self._learn(features, truth)
+                self._errors = [*self._errors, error][-self._errors_kept :]
+                self._usual = [*self._usual, size][-9:]
         for average, span in zip(self._averages, _SPANS, strict=True):
             weight = np.where(self._seen[active] > 0, span, 1.0)[:, None]
             average[active] += weight * (part - average[active])
@@ -99,6 +106,10 @@ class Forecaster:
             scenarios=np.where(scale > 0, cases * scale, 0.0),
             spread=np.sqrt((errors**2).mean(0)) * scale,
         )
+
+    def _forget(self) -> None:
+        """The load became another one: start from the newest window, keep what is usual."""
+        self._seen[:] = 0
 
     def _features(self) -> Floats:
         return np.concatenate([self._averages, self._mean[None]])  # [F, L, E]

@@ -9,7 +9,7 @@ that do not earn their price when everything is poured again are undone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -20,7 +20,8 @@ from placement.types import Bools, Floats, Ints
 _TARGETS = 8  # groups looked at as new homes, least pressed first
 _EXPERTS = 16  # experts of the pressed group looked at, busiest first
 _HOPE = 0.3  # proposals promising this part of the margin are tried
-_FAILS = 3  # a layer rests after so many proposals that did not pay
+_FAILS = 8  # a layer rests after so many proposals that did not pay
+_VICTIMS = 32  # replicas of a group looked at for eviction, least missed first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +50,8 @@ class _Proposal:
     target: int
     other: int
     price: float
-    gain: float
     evicts: tuple[int, int] | None = None
-    before: float = field(default=0.0)
+    instead: _Proposal | None = None  # the swap to take when no bytes can be had
 
 
 class Searcher:
@@ -145,36 +145,41 @@ class Searcher:
         closed |= ~self.allowed[target][:, None, :] | ~has_room[n, target][:, None, :]
         add_net = np.where(closed, -np.inf, adds - price[:, None, :])
         best_add = add_net.reshape(len(live), -1).argmax(1)
-        swap_net, swap_gain, swap_price, partner = self._swaps(
-            live, source, target, expert, amount, calc
-        )
+        swap_net, swap_price, partner = self._swaps(live, source, target, expert, amount, calc)
         best_swap = swap_net.reshape(len(live), -1).argmax(1)
         found = []
-        floor = self.margin * score
+        floor = _HOPE * self.margin * score  # the estimate is first order and cautious
         for i, layer in enumerate(live.tolist()):
             s, t = divmod(int(best_add[i]), width)
-            net = float(add_net[i, s, t])
             s2, rest = divmod(int(best_swap[i]), width * partner.shape[2])
             t2, f2 = divmod(rest, partner.shape[2])
-            net2 = float(swap_net[i, s2, t2, f2])
-            swap = net2 > net
-            # the estimate is first order and cautious; what counts is measured in _try
-            if max(net, net2) <= _HOPE * floor[layer]:
+            add = _Proposal(
+                net=float(add_net[i, s, t]),
+                kind=0,
+                layer=layer,
+                expert=int(expert[i, s]),
+                source=int(source[i]),
+                target=int(target[i, t]),
+                other=-1,
+                price=float(price[i, t]),
+            )
+            swap = _Proposal(
+                net=float(swap_net[i, s2, t2, f2]),
+                kind=1,
+                layer=layer,
+                expert=int(expert[i, s2]),
+                source=int(source[i]),
+                target=int(target[i, t2]),
+                other=int(partner[i, t2, f2]),
+                price=float(swap_price[i, t2]),
+            )
+            best = add if add.net >= swap.net else swap
+            if best.net <= floor[layer]:
                 self._fails[layer] = _FAILS
                 continue
-            found.append(
-                _Proposal(
-                    net=max(net, net2),
-                    kind=int(swap),
-                    layer=layer,
-                    expert=int(expert[i, s2 if swap else s]),
-                    source=int(source[i]),
-                    target=int(target[i, t2 if swap else t]),
-                    other=int(partner[i, t2, f2]) if swap else -1,
-                    price=float(swap_price[i, t2] if swap else price[i, t]),
-                    gain=float(swap_gain[i, s2, t2, f2] if swap else adds[i, s, t]),
-                )
-            )
+            if best is add and swap.net > floor[layer]:
+                add.instead = swap
+            found.append(best)
         return found
 
     def _flows(self, poured: Poured, live: Ints, source: Ints) -> tuple[Floats, Bools]:
@@ -197,8 +202,8 @@ class Searcher:
         expert: Ints,
         amount: Floats,
         calc: _Gains,
-    ) -> tuple[Floats, Floats, Floats, Ints]:
-        """Gains [N, S, T, F] of swapping expert s against the f-th lightest single of target t."""
+    ) -> tuple[Floats, Floats, Ints]:
+        """Net gains [N, S, T, F] of swapping expert s against the f-th lightest single of target t."""
         n = np.arange(len(live))[:, None]
         single = self._copies[live] == 1
         there = self.resident[live[:, None], :, target] & single[:, None, :]  # [N, T, E]
@@ -214,13 +219,12 @@ class Searcher:
         tabu = self._tabu[live[:, None, None], expert[:, :, None], target[:, None, :]]
         can = can & ~tabu[..., None] & (amount.mean(2) > 0)[:, :, None, None]
         net = np.where(can, gain - price[:, None, :, None], -np.inf)
-        return net, gain, price, partner
+        return net, price, partner
 
     def _victims(self, poured: Poured) -> Bools:
         """Find the replicas that would be missed least; returns which groups have any, [G]."""
         rep, hosts, flow = poured.rep, poured.hosts, poured.flow
         if not rep.shape[1]:
-            self._victim_lists: list[tuple[Floats, Ints, Ints]] = []
             self._victim_at = np.zeros(self.groups + 1, np.int64)
             self._victim_rows = (np.zeros(0), rep[:, 0:0].ravel(), rep[:, 0:0].ravel())
             return np.zeros(self.groups, np.bool_)
@@ -263,52 +267,59 @@ class Searcher:
     def _choose(self, proposals: list[_Proposal], poured: Poured) -> list[_Proposal]:
         """Proposals that can go together: bytes reserved, no layer touched twice."""
         proposals.sort(key=lambda p: (-p.net, p.layer))
-        room, cursor = self.room.copy(), self._victim_at[:-1].copy()
-        acting = {p.layer for p in proposals}
+        room, used = self.room.copy(), set[int]()
+        acting = {p.layer: p.net for p in proposals}
         touched: set[int] = set()
         left = self.byte_limit - self.loaded
         taken = []
         for p in proposals:
-            size = int(self.size[p.layer])
-            bytes_loaded = size * (2 if p.kind else 1)
-            if bytes_loaded > left or p.layer in touched:
-                if bytes_loaded > left:
-                    self._fails[p.layer] = _FAILS
+            if p.layer in touched:
+                continue
+            if p.kind == 0 and room[p.target] < self.size[p.layer]:
+                self._evict(p, room, touched, acting, used)
+                if not p.evicts:
+                    if not p.instead:
+                        self._reject(p)
+                        continue
+                    p = p.instead
+            bytes_loaded = int(self.size[p.layer]) * (2 if p.kind else 1)
+            if bytes_loaded > left:
+                self._fails[p.layer] = _FAILS
                 continue
             if p.kind == 0:
-                if room[p.target] >= size:
-                    room[p.target] -= size
-                elif not self._evict(p, room, cursor, touched, acting):
-                    continue
-                if p.evicts:
-                    touched.add(p.evicts[0])
+                room[p.target] -= int(self.size[p.layer])
+            if p.evicts:
+                room[p.target] += int(self.size[p.evicts[0]])
+                touched.add(p.evicts[0])
             touched.add(p.layer)
             left -= bytes_loaded
             taken.append(p)
         return taken
 
     def _evict(
-        self, p: _Proposal, room: Ints, cursor: Ints, touched: set[int], acting: set[int]
-    ) -> bool:
+        self, p: _Proposal, room: Ints, touched: set[int], acting: dict[int, float], used: set[int]
+    ) -> None:
+        """Name the replica to give up for an add, if one is worth less than the add gains."""
         values, layers, experts = self._victim_rows
         size = int(self.size[p.layer])
-        end = int(self._victim_at[p.target + 1])
-        for i in range(int(cursor[p.target]), min(int(cursor[p.target]) + 16, end)):
+        start, end = int(self._victim_at[p.target]), int(self._victim_at[p.target + 1])
+        for i in range(start, min(start + _VICTIMS, end)):
             layer, expert = int(layers[i]), int(experts[i])
-            free_then = int(room[p.target]) + int(self.size[layer])
-            mine = layer == p.layer
-            if free_then < size or (layer in touched) or (layer in acting and not mine):
-                continue
-            if mine and expert == p.expert:
-                continue
             if p.net - float(values[i]) <= 0:
-                break
+                return
+            if i in used or layer in touched or (layer == p.layer and expert == p.expert):
+                continue
+            if int(room[p.target]) + int(self.size[layer]) < size:
+                continue
+            if layer != p.layer and acting.get(layer, 0.0) > p.net / 2:
+                continue  # that layer has better to do this round
             p.evicts = (layer, expert)
-            room[p.target] = free_then - size
-            return True
+            used.add(i)
+            return
+
+    def _reject(self, p: _Proposal) -> None:
         self._tabu[p.layer, p.expert, p.target] = True
         self._fails[p.layer] += 1
-        return False
 
     def _try(
         self, proposals: list[_Proposal], poured: Poured, score: Floats
@@ -326,8 +337,7 @@ class Searcher:
                 self._accept(p, gain)
             else:
                 self._undo(p)
-                self._tabu[p.layer, p.expert, p.target] = True
-                self._fails[p.layer] += 1
+                self._reject(p)
                 undone = True
         if undone:
             tried = self._pour()

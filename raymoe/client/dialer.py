@@ -18,7 +18,8 @@ Dial = Callable[[GroupEndpoint], Link]
 class Dialer:
     """Keeps trying every wanted group that is not connected, each in a short-lived thread.
 
-    `connected(endpoint, link)` is called from that thread; whoever takes the link owns it.
+    `connected(endpoint, link)` is called from that thread; it owns the link, and calls `want` with
+    what is wanted then.
     """
 
     def __init__(
@@ -71,18 +72,14 @@ class Dialer:
                     del self._threads[group_id]
                     return
             link = self._try(target)
+            if link is not None:
+                self._connected(target, link)  # which says anew what is wanted
+                pause_s = self._first_pause_s
+                continue
             with self._lock:
-                current = self._wanted.get(group_id)
-                if link is not None and current is target:
-                    self._wanted = {k: v for k, v in self._wanted.items() if k != group_id}
-                    del self._threads[group_id]
-                    break
-                if link is None and current is target:
+                if self._wanted.get(group_id) is target:
                     self._changed.wait(pause_s)
                     pause_s = min(pause_s * 2, self._longest_pause_s)
-            if link is not None:
-                link.close()  # the table has changed meanwhile
-        self._connected(target, link)
 
     def _try(self, target: GroupEndpoint) -> Link | None:
         try:

@@ -454,8 +454,7 @@ class ExpertClient:
             current = wanted.endpoints.get(target.id) if wanted is not None else None
             if self._closed.is_set() or current != target or target.id in self._connections:
                 link.close()
-                if not self._closed.is_set():
-                    self._dial_missing()
+                self._dial_missing()
                 return
             config = self.config
             patience = self._patience.setdefault(
@@ -483,7 +482,7 @@ class ExpertClient:
 
     def _dial_missing(self) -> None:
         wanted = self._wanted
-        if wanted is not None:
+        if wanted is not None and not self._closed.is_set():
             self._dialer.want(
                 {
                     group_id: target

@@ -13,7 +13,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from scripted_group import (
+
+from raymoe.client import ClientConfig, ExpertClient
+from raymoe.errors import ConfigError, ExpertsUnavailable
+from raymoe.links.link import Slot
+from raymoe.links.protocol import Call, Wire
+from tests.client.scripted_group import (
     HIDDEN,
     POLICIES,
     SECRET,
@@ -31,11 +36,6 @@ from scripted_group import (
     reference,
     refuse_to_send,
 )
-
-from raymoe.client import ClientConfig, ExpertClient
-from raymoe.errors import ConfigError, ExpertsUnavailable
-from raymoe.links.link import Slot
-from raymoe.links.protocol import Call, Wire
 
 QUICK = {
     "stall_limit_s": 5.0,

@@ -1,0 +1,354 @@
+"""GroupRuntime: one expert group without Ray. Replicas, a link server, a compute thread.
+
+Stateless between messages: whatever a client sends is answered with sums, with a NACK that lists
+the experts that are not here, or with an error; a group never keeps a client waiting for placement.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from raymoe.checkpoint.record import load_expert
+from raymoe.checkpoint.spec import ModelSpec
+from raymoe.copying import fetch_record, serve_copies
+from raymoe.dispatch import Ints
+from raymoe.errors import ConfigError
+from raymoe.experts.shard import ExpertShard
+from raymoe.links.connect import connect_stream
+from raymoe.links.handshake import Identity, Peer
+from raymoe.links.link import Request
+from raymoe.links.protocol import ROWS
+from raymoe.links.server import Server, ServerConfig
+from raymoe.speed import GroupSpeed, measure_speed
+from raymoe.table import GroupEndpoint
+
+log = logging.getLogger(__name__)
+
+MAX_COPIES = 4  # records sent at once
+SAMPLES = 512  # timings kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupReport:
+    """What a group has done since it started, and holds now."""
+
+    id: str
+    incarnation: int
+    counts: Ints  # int64 [L, E] pairs computed
+    busy_s: float
+    pairs: int
+    messages: int
+    nacks: int
+    errors: int
+    queued_pairs: int
+    resident: np.ndarray  # bool [L, E]
+    resident_bytes: int
+    budget_bytes: int
+    samples: tuple[tuple[int, int, float], ...]  # latest (pairs, active experts, busy seconds)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON- and msgpack-safe."""
+        plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        plain["counts"] = self.counts.tolist()
+        plain["resident"] = self.resident.tolist()
+        plain["samples"] = [list(sample) for sample in self.samples]
+        return plain
+
+
+class GroupRuntime:
+    """Serves from construction until close(). `add_*`, `drop` and `report` from any thread."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        group_id: str,
+        incarnation: int,
+        shard: ExpertShard,
+        identity: Identity,
+        secret: bytes,
+        slowdown: float = 1.0,
+        *,
+        node: str = "",
+        config: ServerConfig | None = None,
+    ) -> None:
+        """`slowdown` >= 1 makes every message take so many times as long (for tests)."""
+        if slowdown < 1.0:
+            raise ConfigError(f"group {group_id}: slowdown is {slowdown}; it must be 1 or more")
+        self.spec, self.id, self.incarnation, self.shard = spec, group_id, incarnation, shard
+        self.node = node
+        self.slowdown = slowdown
+        self._identity, self._secret = identity, secret
+        self._counts = np.zeros((spec.layers, spec.experts), np.int64)
+        self._busy_s = 0.0
+        self._pairs = self._messages = self._nacks = self._errors = 0
+        self._samples: deque[tuple[int, int, float]] = deque(maxlen=SAMPLES)
+        self._count_lock = threading.Lock()
+        self._copies = threading.BoundedSemaphore(MAX_COPIES)
+        self._copy_sockets: set[socket.socket] = set()
+        self._closed = threading.Event()
+        self.server = Server(
+            identity,
+            secret,
+            layers=spec.layers,
+            experts=spec.experts,
+            name=group_id,
+            incarnation=incarnation,
+            node=node,
+            config=config,
+            bulk=self._begin_copies,
+        )
+        self._thread = threading.Thread(
+            target=self._serve, name=f"raymoe-group-{group_id}", daemon=True
+        )
+        self._thread.start()
+
+    def endpoint(self) -> GroupEndpoint:
+        """How clients and other groups reach this one."""
+        return GroupEndpoint(
+            id=self.id,
+            node=self.node,
+            incarnation=self.incarnation,
+            endpoints=tuple(self.server.endpoints()),
+        )
+
+    # --- replicas --------------------------------------------------------------------------
+
+    def add_from_checkpoint(self, layer: int, expert: int) -> None:
+        """Load a replica from the checkpoint; nothing happens when it is here already.
+
+        Raises CheckpointError, or ConfigError when the budget is too small.
+        """
+        if not self.shard.has(layer, expert):
+            self.shard.add(layer, expert, load_expert(self.spec, layer, expert))
+
+    def add_from_peer(
+        self,
+        layer: int,
+        expert: int,
+        source: GroupEndpoint,
+        *,
+        limit_bytes_per_s: float | None = None,
+    ) -> None:
+        """Copy a replica from a group that holds it; nothing happens when it is here already.
+
+        Serving goes on meanwhile. Raises PeerLost, HandshakeRefused, CheckpointError (refused or
+        damaged), ConfigError (budget); then nothing has changed.
+        """
+        if self.shard.has(layer, expert):
+            return
+
+        def open_stream() -> socket.socket:
+            sock, _ = connect_stream(
+                source.endpoints,
+                self._identity,
+                self._secret,
+                role="group",
+                name=self.id,
+                incarnation=source.incarnation,
+            )
+            return sock
+
+        record = fetch_record(
+            open_stream,
+            layer,
+            expert,
+            limit_bytes_per_s=limit_bytes_per_s,
+            max_bytes=2 * self.spec.resident_bytes("float32")[layer],
+        )
+        self.shard.add(layer, expert, record)
+
+    def drop(self, layer: int, expert: int) -> None:
+        """Let a replica go; nothing happens when it is not here."""
+        self.shard.drop(layer, expert)
+
+    def measure_speed(self, seconds: float = 0.3) -> GroupSpeed:
+        """Time made-up experts on this device, slowdown included; needs no replica here."""
+        return measure_speed(self.spec, slowdown=self.slowdown, seconds=seconds)
+
+    def report(self) -> GroupReport:
+        """Totals since the start; cheap enough for every second."""
+        with self._count_lock:
+            return GroupReport(
+                id=self.id,
+                incarnation=self.incarnation,
+                counts=self._counts.copy(),
+                busy_s=self._busy_s,
+                pairs=self._pairs,
+                messages=self._messages,
+                nacks=self._nacks,
+                errors=self._errors,
+                queued_pairs=self.server.queued()[0],
+                resident=self.shard.resident(),
+                resident_bytes=self.shard.resident_bytes,
+                budget_bytes=self.shard.budget_bytes,
+                samples=tuple(self._samples),
+            )
+
+    def close(self) -> None:
+        """End every thread and connection, within 2 s. A message in the works is not answered."""
+        self._closed.set()
+        self.server.stop()
+        for sock in list(self._copy_sockets):
+            _shut(sock)
+        self._thread.join(2.0)
+
+    # --- the compute thread ----------------------------------------------------------------
+
+    def _serve(self) -> None:
+        poll = self.server.poll
+        while not self._closed.is_set():
+            requests = poll(1.0)
+            if len(requests) > 1:
+                self._serve_together(requests)
+            else:
+                for request in requests:
+                    self._serve_one(request)
+
+    def _serve_one(self, request: Request) -> None:
+        call = request.call
+        started = time.perf_counter_ns()
+        missing: list[int] = []
+        error: str | None = None
+        try:
+            missing = self.shard.compute(
+                call.layer,
+                request.x,
+                torch.from_numpy(request.expert_ids),
+                torch.from_numpy(request.counts),
+                request.token_of_pair,
+                request.weights,
+                request.out,
+            )
+        except Exception as failure:
+            log.exception("group %s failed in MoE layer %d", self.id, call.layer)
+            error = f"{type(failure).__name__}: {failure}"
+        busy_ns = self._busy_ns(started)
+        self.server.reply(request, missing=missing or None, error=error, busy_ns=busy_ns)
+        with self._count_lock:
+            self._messages += 1
+            if error is not None:
+                self._errors += 1
+            elif missing:
+                self._nacks += 1
+            else:
+                self._counts[call.layer, request.expert_ids] += request.counts
+                self._pairs += call.pairs
+                self._busy_s += busy_ns * 1e-9
+                self._samples.append((call.pairs, call.experts, busy_ns * 1e-9))
+
+    def _busy_ns(self, started_ns: int) -> int:
+        busy_ns = time.perf_counter_ns() - started_ns
+        if self.slowdown > 1.0:
+            self._closed.wait(busy_ns * 1e-9 * (self.slowdown - 1.0))
+            busy_ns = int(busy_ns * self.slowdown)
+        return busy_ns
+
+    def _serve_together(self, requests: list[Request]) -> None:
+        """Messages of one layer and mode as one: each expert's weights are read once for all.
+
+        Whatever goes wrong, they are served one by one, so that only the guilty one fails.
+        """
+        started = time.perf_counter_ns()
+        layer, mode = requests[0].call.layer, requests[0].call.mode
+        try:
+            joined = _Joined(requests)
+            missing = self.shard.compute(
+                layer,
+                joined.x,
+                torch.from_numpy(joined.expert_ids),
+                torch.from_numpy(joined.counts),
+                torch.from_numpy(joined.token_of_pair),
+                joined.weights,
+                joined.out,
+            )
+        except Exception:
+            missing = [-1]
+        if missing:
+            for request in requests:
+                self._serve_one(request)
+            return
+        joined.hand_out(requests, mode)
+        busy_ns = self._busy_ns(started)
+        for request in requests:
+            share = request.call.pairs / len(joined.token_of_pair)
+            self.server.reply(request, busy_ns=int(busy_ns * share))
+        with self._count_lock:
+            self._messages += len(requests)
+            self._counts[layer, joined.expert_ids] += joined.counts
+            self._pairs += len(joined.token_of_pair)
+            self._busy_s += busy_ns * 1e-9
+            self._samples.append(
+                (len(joined.token_of_pair), len(joined.expert_ids), busy_ns * 1e-9)
+            )
+
+    # --- copies to other groups ------------------------------------------------------------
+
+    def _begin_copies(self, sock: socket.socket, peer: Peer) -> None:
+        """In the server's loop thread: hand the socket to a thread of its own, or close it."""
+        if self._closed.is_set() or not self._copies.acquire(blocking=False):
+            sock.close()
+            return
+        self._copy_sockets.add(sock)
+        threading.Thread(
+            target=self._send_copies, args=(sock,), name=f"raymoe-copy-{self.id}", daemon=True
+        ).start()
+
+    def _send_copies(self, sock: socket.socket) -> None:
+        try:
+            serve_copies(sock, self.shard)
+        except OSError as error:
+            log.info("group %s: a copy to another group ended: %s", self.id, error)
+        finally:
+            self._copy_sockets.discard(sock)
+            self._copies.release()
+
+
+class _Joined:
+    """Several messages of one layer as one, and back. Rows of x follow each other by message."""
+
+    def __init__(self, requests: list[Request]) -> None:
+        first = requests[0]
+        self.x = torch.cat([request.x for request in requests])
+        experts = np.concatenate([np.repeat(r.expert_ids, r.counts) for r in requests])
+        token_start = np.cumsum([0, *(r.call.tokens for r in requests)])
+        tokens = np.concatenate(
+            [r.token_of_pair.numpy() + at for r, at in zip(requests, token_start, strict=False)]
+        )
+        self.order = np.argsort(experts, kind="stable")
+        self.token_of_pair = tokens[self.order].astype(np.int32)
+        self.weights: torch.Tensor | None = None
+        if first.weights is not None:
+            every = torch.cat([r.weights for r in requests if r.weights is not None])
+            self.weights = every[torch.from_numpy(self.order)]
+        counts = np.bincount(experts)
+        self.expert_ids = np.flatnonzero(counts).astype(np.int32)
+        self.counts = counts[self.expert_ids].astype(np.int32)
+        rows = len(experts) if first.call.mode == ROWS else len(self.x)
+        self.out = torch.empty(rows, self.x.shape[1], dtype=self.x.dtype)
+
+    def hand_out(self, requests: list[Request], mode: int) -> None:
+        """Each message's rows into its own reply."""
+        out = self.out
+        if mode == ROWS:
+            out = torch.empty_like(self.out)
+            out[torch.from_numpy(self.order)] = self.out
+        at = 0
+        for request in requests:
+            request.out.copy_(out[at : at + request.call.out_rows])
+            at += request.call.out_rows
+
+
+def _shut(sock: socket.socket) -> None:
+    try:
+        sock.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass  # it is closed already

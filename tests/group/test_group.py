@@ -1,0 +1,388 @@
+"""Groups without Ray: what they compute, refuse, copy and report."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from placement.table import Table
+from raymoe.checkpoint.record import ExpertRecord, load_expert
+from raymoe.checkpoint.spec import ModelSpec
+from raymoe.client import ClientConfig, ExpertClient
+from raymoe.copying import fetch_record, serve_copies
+from raymoe.errors import CheckpointError, ConfigError, ExpertsUnavailable, PeerLost
+from raymoe.experts.shard import ExpertShard
+from raymoe.group import GroupRuntime
+from raymoe.speed import GroupSpeed, fit_speed
+from raymoe.table import RoutingTable
+from tests.group.small_model import (
+    EXPERTS,
+    HIDDEN,
+    LAYERS,
+    SECRET,
+    TOP_K,
+    identity,
+    make_group,
+    reference,
+    write_checkpoint,
+)
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
+    return write_checkpoint(Path(tmp_path_factory.mktemp("experts")))
+
+
+@pytest.fixture
+def make(spec: ModelSpec) -> Iterator[Callable[..., GroupRuntime]]:
+    groups: list[GroupRuntime] = []
+
+    def build(group_id: str, **options: object) -> GroupRuntime:
+        groups.append(make_group(spec, group_id, **options))
+        return groups[-1]
+
+    yield build
+    for group in groups:
+        group.close()
+
+
+def table_of(groups: list[GroupRuntime], epoch: int = 1) -> RoutingTable:
+    resident = np.stack([group.shard.resident() for group in groups], axis=2)
+    table = Table(
+        term=1,
+        epoch=epoch,
+        group_ids=tuple(group.id for group in groups),
+        resident=resident,
+        share=resident / np.maximum(resident.sum(2, keepdims=True), 1),
+        speed=np.full(len(groups), 1e6),
+        alpha_s=np.zeros(len(groups)),
+        gamma_s=np.zeros(len(groups)),
+    )
+    return RoutingTable(table=table, endpoints={group.id: group.endpoint() for group in groups})
+
+
+def make_client(**config: object) -> ExpertClient:
+    settings = ClientConfig(**{"stall_limit_s": 5.0, "reconnect_s": (0.005, 0.05), **config})
+    return ExpertClient(identity(), SECRET, "n", settings, name="router")
+
+
+def draw(tokens: int, layer: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(tokens, HIDDEN, generator=generator),
+        torch.randint(0, EXPERTS - layer, (tokens, TOP_K), generator=generator),
+        torch.rand(tokens, TOP_K, generator=generator),
+    )
+
+
+def check(client: ExpertClient, spec: ModelSpec, tokens: int, layer: int, seed: int) -> None:
+    batch = draw(tokens, layer, seed)
+    out = client.combine(client.dispatch(layer, *batch))
+    torch.testing.assert_close(out, reference(spec, layer, *batch), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["partial", "rows"])
+def test_two_groups_compute_the_layers(
+    spec: ModelSpec, make: Callable[..., GroupRuntime], mode: str
+) -> None:
+    a, b = make("a"), make("b")
+    for layer in range(LAYERS):
+        for expert in range(EXPERTS - layer):
+            (a if expert % 2 else b).add_from_checkpoint(layer, expert)
+    b.add_from_checkpoint(0, 1)
+    client = make_client(mode=mode)
+    try:
+        client.set_table(table_of([a, b]))
+        for seed, tokens in enumerate((1, 3, 50, 400)):  # 400: several messages
+            check(client, spec, tokens, seed % LAYERS, seed)
+        counts = client.take_counts()
+        assert (a.report().counts + b.report().counts == counts).all()
+        assert counts.sum() == (1 + 3 + 50 + 400) * TOP_K
+        assert a.report().busy_s > 0
+        assert a.report().samples
+    finally:
+        client.close()
+
+
+def test_two_clients_share_a_group_and_their_messages_merge(
+    spec: ModelSpec, make: Callable[..., GroupRuntime], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = make("a", slowdown=5.0)
+    for expert in range(EXPERTS):
+        group.add_from_checkpoint(0, expert)
+    merged: list[int] = []
+    together = GroupRuntime._serve_together
+
+    def spy(self: GroupRuntime, requests: list) -> None:
+        merged.append(len(requests))
+        together(self, requests)
+
+    monkeypatch.setattr(GroupRuntime, "_serve_together", spy)
+    clients = [make_client(mode=mode) for mode in ("partial", "partial", "rows", "rows")]
+    try:
+        failures: list[BaseException] = []
+
+        def work(client: ExpertClient, offset: int) -> None:
+            try:
+                client.set_table(table_of([group]))
+                for seed in range(30):
+                    check(client, spec, 4, 0, offset + seed)
+            except BaseException as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=work, args=(c, 100 * i)) for i, c in enumerate(clients)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failures
+        assert max(merged) > 1
+        assert group.report().counts.sum() == 4 * 30 * 4 * TOP_K
+    finally:
+        for client in clients:
+            client.close()
+
+
+def test_missing_experts_are_refused_and_found_elsewhere(
+    spec: ModelSpec, make: Callable[..., GroupRuntime]
+) -> None:
+    a, b = make("a"), make("b")
+    for expert in range(EXPERTS):
+        a.add_from_checkpoint(0, expert)
+        b.add_from_checkpoint(0, expert)
+    client = make_client()
+    try:
+        client.set_table(table_of([a, b]))
+        a.drop(0, 2)
+        for seed in range(4):
+            check(client, spec, 20, 0, seed)
+        assert a.report().nacks >= 1
+        assert client.stats.nacks == a.report().nacks
+    finally:
+        client.close()
+
+
+def test_an_error_inside_compute_fails_the_message_not_the_group(
+    spec: ModelSpec, make: Callable[..., GroupRuntime], caplog: pytest.LogCaptureFixture
+) -> None:
+    class Moody(ExpertShard):
+        fail = True
+
+        def compute(self, *args: object, **named: object) -> list[int]:
+            if self.fail:
+                raise RuntimeError("out of memory")
+            return super().compute(*args, **named)  # type: ignore[arg-type]
+
+    shard = Moody(spec, 1 << 20)
+    group = make("a", shard=shard)
+    for expert in range(EXPERTS):
+        group.add_from_checkpoint(0, expert)
+    client = make_client(stall_limit_s=0.1)
+    try:
+        client.set_table(table_of([group]))
+        with caplog.at_level(logging.CRITICAL), pytest.raises(ExpertsUnavailable):
+            check(client, spec, 2, 0, 0)
+        assert "out of memory" in client.stats.last_error
+        shard.fail = False
+        check(client, spec, 2, 0, 0)
+        assert group.report().errors >= 1
+    finally:
+        client.close()
+
+
+def test_slowdown_takes_so_many_times_as_long(make: Callable[..., GroupRuntime]) -> None:
+    group = make("a", slowdown=4.0)
+    started = time.perf_counter_ns()
+    time.sleep(0.02)
+    busy_ns = group._busy_ns(started)
+    passed_ns = time.perf_counter_ns() - started
+    assert busy_ns >= 4 * 0.02e9
+    assert passed_ns >= 0.95 * busy_ns
+    with pytest.raises(ConfigError, match="slowdown"):
+        make("b", slowdown=0.5)
+
+
+def test_a_replica_is_copied_from_a_peer_while_both_serve(
+    spec: ModelSpec, make: Callable[..., GroupRuntime]
+) -> None:
+    a, b = make("a"), make("b")
+    for expert in range(EXPERTS):
+        a.add_from_checkpoint(0, expert)
+    client = make_client()
+    try:
+        client.set_table(table_of([a]))
+        check(client, spec, 5, 0, 0)
+        for expert in range(EXPERTS):
+            b.add_from_peer(0, expert, a.endpoint())
+            b.add_from_peer(0, expert, a.endpoint())  # repeated: nothing happens
+        client.set_table(table_of([b], epoch=2))
+        check(client, spec, 5, 0, 1)
+        assert b.report().counts.sum() == 5 * TOP_K
+        with pytest.raises(CheckpointError, match="not here"):
+            b.add_from_peer(1, 0, a.endpoint())
+    finally:
+        client.close()
+
+
+def test_a_copy_over_budget_changes_nothing(
+    spec: ModelSpec, make: Callable[..., GroupRuntime]
+) -> None:
+    a, b = make("a"), make("b", budget_bytes=spec.expert_bytes[0])
+    for expert in range(2):
+        a.add_from_checkpoint(0, expert)
+    b.add_from_peer(0, 0, a.endpoint())
+    with pytest.raises(ConfigError, match="budget"):
+        b.add_from_peer(0, 1, a.endpoint())
+    assert b.report().resident_bytes == spec.expert_bytes[0]
+
+
+class Broken:
+    """Streams to a sender; each is cut after so many bytes, or has one byte changed."""
+
+    def __init__(self, records: object, cuts: list[int | None], flip: bool = False) -> None:
+        self.records, self.cuts, self.flip = records, cuts, flip
+        self.asked: list[bytes] = []
+
+    def open(self) -> socket.socket:
+        ours, proxy = socket.socketpair()
+        theirs, far = socket.socketpair()
+        cut = self.cuts.pop(0)
+        threading.Thread(target=serve_copies, args=(far, self.records), daemon=True).start()
+        threading.Thread(target=self._pump, args=(proxy, theirs, cut), daemon=True).start()
+        return ours
+
+    def _pump(self, proxy: socket.socket, theirs: socket.socket, cut: int | None) -> None:
+        request = proxy.recv(4096)
+        self.asked.append(request)
+        theirs.sendall(request)
+        sent = 0
+        with proxy, theirs:
+            while data := theirs.recv(500):
+                if cut is not None:
+                    data = data[: cut - sent]
+                if self.flip and sent:
+                    data = bytes([data[0] ^ 1]) + data[1:]
+                sent += len(data)
+                try:
+                    proxy.sendall(data)
+                except OSError:
+                    return
+                if sent == cut:
+                    return
+
+
+class OneRecord:
+    def __init__(self, record: ExpertRecord) -> None:
+        self.held = record
+
+    def record(self, layer: int, expert: int) -> ExpertRecord | None:
+        return self.held if (layer, expert) == (0, 1) else None
+
+
+def test_a_broken_copy_resumes_where_it_broke(spec: ModelSpec) -> None:
+    record = load_expert(spec, 0, 1)
+    broken = Broken(OneRecord(record), [700, 900, None])
+    copy = fetch_record(broken.open, 0, 1, max_bytes=1 << 20)
+    assert copy.checksum == record.checksum
+    assert all(torch.equal(copy.tensors[k], record.tensors[k]) for k in record.tensors)
+    offsets = [int(ask.split(b'"offset": ')[1].rstrip(b"}")) for ask in broken.asked]
+    assert offsets[0] == 0 < offsets[1] < offsets[2] < record.nbytes
+
+
+def test_a_copy_that_never_gets_through_is_given_up(spec: ModelSpec) -> None:
+    broken = Broken(OneRecord(load_expert(spec, 0, 1)), [700, 300, 300])
+    with pytest.raises(PeerLost):
+        fetch_record(broken.open, 0, 1, max_bytes=1 << 20)
+
+
+def test_a_damaged_copy_is_refused(spec: ModelSpec) -> None:
+    broken = Broken(OneRecord(load_expert(spec, 0, 1)), [None], flip=True)
+    with pytest.raises(CheckpointError, match="damaged"):
+        fetch_record(broken.open, 0, 1, max_bytes=1 << 20)
+
+
+def test_an_oversized_offer_is_refused_before_memory_is_taken(spec: ModelSpec) -> None:
+    broken = Broken(OneRecord(load_expert(spec, 0, 1)), [None])
+    with pytest.raises(CheckpointError, match="expected up to 100"):
+        fetch_record(broken.open, 0, 1, max_bytes=100)
+
+
+def test_a_copy_obeys_its_rate(spec: ModelSpec) -> None:
+    record = load_expert(spec, 0, 1)
+    broken = Broken(OneRecord(record), [None])
+    started = time.monotonic()
+    fetch_record(broken.open, 0, 1, max_bytes=1 << 20, limit_bytes_per_s=record.nbytes / 0.2)
+    assert time.monotonic() - started > 0.15
+
+
+def test_close_ends_every_thread(spec: ModelSpec) -> None:
+    before = set(threading.enumerate())
+    group = make_group(spec, "closing")
+    group.add_from_checkpoint(0, 0)
+    client = make_client()
+    client.set_table(table_of([group]))
+    client.close()
+    started = time.monotonic()
+    group.close()
+    group.close()
+    assert time.monotonic() - started < 2
+    left = {thread for thread in threading.enumerate() if thread.is_alive()} - before
+    assert not left
+
+
+def test_a_killed_group_is_replaced_by_its_next_incarnation(
+    spec: ModelSpec, make: Callable[..., GroupRuntime]
+) -> None:
+    a = make("a")
+    for expert in range(EXPERTS):
+        a.add_from_checkpoint(0, expert)
+    client = make_client()
+    try:
+        client.set_table(table_of([a]))
+        check(client, spec, 3, 0, 0)
+        a.close()
+        pending = client.dispatch(0, *(batch := draw(6, 0, 1)))
+        again = make("a", incarnation=2)
+        for expert in range(EXPERTS):
+            again.add_from_checkpoint(0, expert)
+        client.set_table(table_of([again], epoch=2))
+        torch.testing.assert_close(
+            client.combine(pending), reference(spec, 0, *batch), rtol=1e-4, atol=1e-5
+        )
+    finally:
+        client.close()
+
+
+def test_measured_speed_is_positive_and_slowdown_shows(
+    spec: ModelSpec, make: Callable[..., GroupRuntime]
+) -> None:
+    group = make("a")
+    speed = group.measure_speed(seconds=0.05)
+    assert speed.pairs_per_s > 0
+    assert speed.alpha_s >= 0 and speed.gamma_s >= 0
+    assert not group.report().resident.any()  # nothing was left behind
+
+
+def test_fit_finds_the_terms_it_was_made_of() -> None:
+    true = GroupSpeed(alpha_s=1e-3, pairs_per_s=2e5, gamma_s=4e-4)
+    rng = np.random.default_rng(0)
+    shapes = [(int(n), int(a)) for n, a in rng.integers([8, 1], [500, 8], (60, 2))]
+    samples = [(n, a, true.seconds(n, a) * rng.normal(1, 0.01)) for n, a in shapes]
+    fitted = fit_speed(samples)
+    assert fitted is not None
+    assert fitted.pairs_per_s == pytest.approx(2e5, rel=0.1)
+    assert fitted.gamma_s == pytest.approx(4e-4, rel=0.1)
+    assert fitted.alpha_s == pytest.approx(1e-3, rel=0.15)
+    assert fit_speed(samples[:2]) is None
+    noise_only = fit_speed([(n, 1, n / 1e6) for n in (1, 2, 4, 8)])
+    assert noise_only is not None
+    assert noise_only.alpha_s == pytest.approx(0, abs=1e-9)
+    assert noise_only.gamma_s == pytest.approx(0, abs=1e-9)
