@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from raymoe.checkpoint.families import attention_kind
+from raymoe.engine.attention import ATTENTION
 from raymoe.engine.batch import Chunks
 from raymoe.engine.blocks import BlockPool
 from raymoe.engine.cached import CachedModel
@@ -93,6 +94,16 @@ class Engine:
     def has_work(self) -> bool:
         """Whether a step would do anything."""
         return bool(self._known)
+
+    @property
+    def preemptions(self) -> int:
+        """How often a request lost its blocks to an earlier one, and was computed again."""
+        return self._scheduler.preemptions
+
+    def load(self) -> tuple[int, int]:
+        """Requests that run, and requests that wait to."""
+        running = len(self._scheduler.running)
+        return running, max(len(self._known) - running, 0)
 
     # -- from the engine's thread ------------------------------------------------------------
 
@@ -216,8 +227,10 @@ class Runnable(Protocol):
 
 def _runnable(model: Any, experts: Experts | None, config: EngineConfig) -> Runnable:
     """Packed where the family's state is keys and values, proved on a few tokens; else by cache."""
+    stock = model.config._attn_implementation
+    if stock == ATTENTION:  # another engine has it packed already, and has proved it
+        return PagedModel(model, experts, config)
     if attention_kind(model) == "softmax":
-        stock = model.config._attn_implementation
         truth = stock_logits(model, experts)
         paged = PagedModel(model, experts, config)
         if paged.agrees(truth, experts):

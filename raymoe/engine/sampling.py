@@ -114,7 +114,8 @@ def _floor(probabilities: Tensor, settings: Rows[SamplingParams], candidates: in
     vocabulary = probabilities.shape[-1]
     candidates = min(candidates, vocabulary)
     counts = [one.top_k if 0 < one.top_k < vocabulary else vocabulary for one in settings]
-    masses = [one.top_p for one in settings]
+    # At 1 nothing may fall to the rounding of a sum.
+    masses = [one.top_p if one.top_p < 1.0 else 2.0 for one in settings]
     top = probabilities.topk(candidates, -1).values  # [R, candidates], falling
     ranks = torch.arange(candidates, device=top.device)
     keep = ranks < torch.tensor(counts, device=top.device)[:, None]

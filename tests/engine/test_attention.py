@@ -1,0 +1,121 @@
+"""Attention over the paged cache against a plain computation over whole sequences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from raymoe.engine import batch as batch_module
+from raymoe.engine.attention import AttentionCall, PackedStep, _attend_plain, attend
+from raymoe.engine.batch import Reach, StepBatch
+from raymoe.engine.blocks import BlockPool
+from raymoe.engine.kv import KVCache, KVShape
+from raymoe.engine.sequence import Sequence, start_sequence
+from tests.engine.support import request
+
+H = 4
+
+
+def truth_of(
+    query: Tensor, key: Tensor, value: Tensor, reach: Reach, sinks: Tensor | None
+) -> Tensor:
+    """[N, H, D_k], [N, H_kv, D_k], [N, H_kv, D_v] of one whole sequence, position by position."""
+    out = torch.empty(len(query), H, value.shape[-1])
+    group = H // key.shape[1]
+    for position in range(len(query)):
+        first = reach.first(position)
+        for head in range(H):
+            keys = key[first : position + 1, head // group]
+            scores = (keys @ query[position, head]) * query.shape[-1] ** -0.5
+            if sinks is not None:
+                scores = torch.cat([scores, sinks[head : head + 1]])
+            weights = scores.double().softmax(-1)[: position + 1 - first].float()
+            out[position, head] = weights @ value[first : position + 1, head // group]
+    return out
+
+
+@pytest.mark.parametrize("reach", [Reach(), Reach(window=5), Reach(chunk=6)], ids=str)
+@pytest.mark.parametrize("heads_kv", [1, 2, 4])
+@pytest.mark.parametrize("widths", [(8, 8), (8, 6), (6, 8)], ids=str)
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("split", [0, 1 << 30])
+def test_ragged_steps_equal_whole_sequences(
+    reach: Reach, heads_kv: int, widths: tuple[int, int], sinks: bool, split: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(batch_module, "SPLIT_BYTES", split)  # a bucket a length, or one for all
+    torch.manual_seed(0)
+    lengths = (3, 17, 9, 30)
+    queries = [torch.randn(n, H, widths[0]) for n in lengths]
+    keys = [torch.randn(n, heads_kv, widths[0]) for n in lengths]
+    values = [torch.randn(n, heads_kv, widths[1]) for n in lengths]
+    sink = torch.randn(H) if sinks else None
+    truth = [truth_of(q, k, v, reach, sink) for q, k, v in zip(queries, keys, values, strict=True)]
+    module = nn.Module()
+    shape = KVShape(heads=heads_kv, key_dim=widths[0], value_dim=widths[1], dtype=torch.float32)
+    pool = BlockPool(64, 4)
+    cache = KVCache({module: shape}, 64, 4, torch.device("cpu"))
+    sequences = [start_sequence(request(str(n), (0,) * n), n) for n in lengths]
+    # Whole, in pieces, and token by token, together in steps.
+    pieces = [[3], [4, 1, 1, 7, 1, 1, 1, 1], [9], [8, 8, 8, 1, 1, 1, 1, 1, 1]]
+    for step in range(9):
+        chunks = [
+            (one, pieces[at][step]) for at, one in enumerate(sequences) if step < len(pieces[at])
+        ]
+        chunks.sort(key=lambda chunk: not (chunk[1] == 1 and chunk[0].computed))
+        for one, tokens in chunks:
+            need = pool.blocks_of(one.computed + tokens) - len(one.blocks)
+            one.blocks += pool.take(need)
+        found = attended(cache, module, chunks, sequences, queries, keys, values, sink, reach)
+        row = 0
+        for one, tokens in chunks:
+            at = sequences.index(one)
+            expected = truth[at][one.computed : one.computed + tokens]
+            assert torch.allclose(found[row : row + tokens], expected, atol=2e-6)
+            one.computed += tokens
+            row += tokens
+    assert [one.computed for one in sequences] == list(lengths)
+
+
+def attended(
+    cache: KVCache, module: nn.Module, chunks: list[tuple[Sequence, int]],
+    sequences: list[Sequence], queries: list[Tensor], keys: list[Tensor], values: list[Tensor],
+    sinks: Tensor | None, reach: Reach,
+) -> Tensor:  # fmt: skip
+    """[N, H, D_v] of one step, called as transformers calls it."""
+
+    def packed(parts: list[Tensor]) -> Tensor:
+        rows = [parts[sequences.index(one)][one.computed : one.computed + n] for one, n in chunks]
+        return torch.cat(rows).transpose(0, 1).unsqueeze(0)  # [1, heads, N, D]
+
+    options: dict[str, Any] = {"sliding_window": reach.window, "s_aux": sinks}
+    call = AttentionCall(packed(queries), packed(keys), packed(values), None, options)
+    batch = StepBatch(chunks, 4, torch.device("cpu"))
+    return PackedStep(cache, batch, {module: reach.chunk}).attend(module, call)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_fast_operator_equals_plain_operations(causal: bool, sinks: bool, masked: bool) -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 3, 7, 8) for _ in range(3))
+    call = AttentionCall(query, key, value, 0.3, {})
+    mask = torch.zeros(2, 1, 1, 7).masked_fill(torch.arange(7) > 4, -torch.inf) if masked else None
+    sink = torch.randn(1, 3, 1) if sinks else None
+    options: dict[str, Any] = {"causal": causal and not masked, "mask": mask, "sinks": sink}
+    fast = attend(query, key, value, call, **options)
+    plain = _attend_plain(query, key, value, call, **options)
+    assert torch.allclose(fast, plain, atol=1e-6)
+
+
+def test_soft_cap() -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 1, 5, 8) for _ in range(3))
+    call = AttentionCall(query, key, value, 1.0, {"softcap": 2.0})
+    found = attend(query, key, value, call, causal=False, mask=None, sinks=None)
+    truth = (torch.tanh(query @ key.transpose(-1, -2) / 2.0) * 2.0).softmax(-1) @ value
+    assert torch.allclose(found, truth, atol=1e-6)
