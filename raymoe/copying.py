@@ -38,31 +38,36 @@ class Records(Protocol):
 
 
 def serve_copies(sock: socket.socket, records: Records) -> None:
-    """Answer requests on an authenticated socket until the other end closes it."""
+    """Answer requests on an authenticated socket until the other end closes it, or is gone."""
     with sock:
         sock.settimeout(IDLE_TIMEOUT_S)
-        while True:
-            try:
-                asked = _read_message(sock)
-            except LinkError:
-                return  # closed, or gone
-            try:
-                request = json.loads(asked)
-                layer, expert, offset = (int(request[k]) for k in ("layer", "expert", "offset"))
-                record = records.record(layer, expert)
-            except (ValueError, KeyError, TypeError, IndexError) as error:
-                sock.sendall(frame(json.dumps({"refused": f"bad request: {error!r}"}).encode()))
-                return
-            if record is None:
-                why = f"expert {expert} of MoE layer {layer} is not here"
-                sock.sendall(frame(json.dumps({"refused": why}).encode()))
-                continue
-            header, pieces = record.to_parts()
-            sock.sendall(frame(header))
-            for piece in pieces:
-                skipped = min(max(offset, 0), len(piece))
-                offset -= skipped
-                sock.sendall(piece[skipped:])
+        try:
+            while _answer(sock, _read_message(sock), records):
+                pass
+        except (OSError, LinkError) as error:
+            log.info("a copy to another group ended: %s", error)
+
+
+def _answer(sock: socket.socket, asked: bytes, records: Records) -> bool:
+    """Send one record, or why not. False ends the connection."""
+    try:
+        request = json.loads(asked)
+        layer, expert, offset = (int(request[k]) for k in ("layer", "expert", "offset"))
+        record = records.record(layer, expert)
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        sock.sendall(frame(json.dumps({"refused": f"bad request: {error!r}"}).encode()))
+        return False
+    if record is None:
+        why = f"expert {expert} of MoE layer {layer} is not here"
+        sock.sendall(frame(json.dumps({"refused": why}).encode()))
+        return True
+    header, pieces = record.to_parts()
+    sock.sendall(frame(header))
+    for piece in pieces:
+        skipped = min(max(offset, 0), len(piece))
+        offset -= skipped
+        sock.sendall(piece[skipped:])
+    return True
 
 
 def fetch_record(

@@ -175,7 +175,8 @@ class GroupRuntime:
         return measure_speed(self.spec, slowdown=self.slowdown, seconds=seconds)
 
     def report(self) -> GroupReport:
-        """Totals since the start; cheap enough for every second."""
+        """Totals since the start; cheap enough for every second. A message is counted just after
+        its answer has left."""
         with self._count_lock:
             return GroupReport(
                 id=self.id,
@@ -305,8 +306,6 @@ class GroupRuntime:
     def _send_copies(self, sock: socket.socket) -> None:
         try:
             serve_copies(sock, self.shard)
-        except OSError as error:
-            log.info("group %s: a copy to another group ended: %s", self.id, error)
         finally:
             self._copy_sockets.discard(sock)
             self._copies.release()
