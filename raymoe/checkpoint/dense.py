@@ -70,15 +70,18 @@ def load_dense(
         },
     )
     extra = {} if attention is None else {"attn_implementation": attention}
-    with _no_progress_bar():
-        model, info = dense.from_pretrained(
-            spec.path,
-            config=config,
-            dtype=getattr(torch, dtype),
-            output_loading_info=True,
-            use_safetensors=True,
-            **extra,
-        )
+    try:
+        with _no_progress_bar():
+            model, info = dense.from_pretrained(
+                spec.path,
+                config=config,
+                dtype=getattr(torch, dtype),
+                output_loading_info=True,
+                use_safetensors=True,
+                **extra,
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"the dense part of {spec.path} does not load: {error}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise CheckpointError(

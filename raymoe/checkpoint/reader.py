@@ -23,7 +23,7 @@ from raymoe.errors import CheckpointError
 
 STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
-HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py.no", "merges*"]
+HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
 def read_spec(path_or_hub_id: str | Path, *, compute_dtype: str = "float32") -> ModelSpec:

@@ -7,6 +7,7 @@ bytes than the file holds, and its checksum is the same in every group.
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from raymoe.checkpoint.files import WeightFiles
-from raymoe.checkpoint.spec import LayerSpec, ModelSpec, Source
+from raymoe.checkpoint.spec import DTYPE_BYTES, LayerSpec, ModelSpec, Source
 from raymoe.errors import CheckpointError
 
 Parts = list[torch.Tensor]
@@ -109,30 +110,31 @@ class ExpertRecord:
         tensors: dict[str, torch.Tensor] = {}
         at = 0
         for name, dtype, shape in fields["tensors"]:
-            kind = getattr(torch, dtype)
-            count = kind.itemsize
-            for extent in shape:
-                count *= extent
-            tensors[name] = flat[at : at + count].view(kind).view(shape)
-            at += count
+            end = at + _bytes(dtype, shape)
+            tensors[name] = flat[at:end].view(getattr(torch, dtype)).view(shape)
+            at = end
         record = cls(tensors=tensors)
-        if at != fields["nbytes"] or record.checksum != fields["checksum"]:
+        if record.checksum != fields["checksum"]:
             raise CheckpointError("an expert's record arrived damaged: its checksum differs")
         return record
 
 
+def _bytes(dtype: str, shape: list[int]) -> int:
+    return math.prod(shape) * DTYPE_BYTES[dtype]
+
+
 def _parse(header: bytes) -> dict[str, Any]:
+    """The header's fields, whose tensors fill its payload exactly."""
     try:
-        fields = json.loads(header)
-        int(fields["nbytes"]), int(fields["checksum"])
+        fields: dict[str, Any] = json.loads(header)
         for _, dtype, shape in fields["tensors"]:
-            if dtype not in ("float32", "bfloat16", "float16"):
-                raise ValueError(dtype)
-            if any(type(extent) is not int or extent < 0 for extent in shape):
-                raise ValueError(shape)
+            if dtype not in DTYPE_BYTES or any(type(n) is not int or n < 1 for n in shape):
+                raise ValueError(f"a tensor of {dtype} {shape}")
+        total = sum(_bytes(dtype, shape) for _, dtype, shape in fields["tensors"])
+        if type(fields["checksum"]) is not int or fields["nbytes"] != total or total == 0:
+            raise ValueError(f"{fields['nbytes']} bytes for tensors of {total}")
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"an expert's record has a malformed header: {error!r}") from None
-    assert isinstance(fields, dict)
     return fields
 
 

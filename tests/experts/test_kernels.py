@@ -1,0 +1,115 @@
+"""Every kernel against the maths done slowly, in shapes that decoding and prefill make."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from raymoe.checkpoint.spec import ExpertMaths
+from raymoe.experts import choose, panels
+from raymoe.experts.activations import ACTIVATIONS
+from raymoe.experts.kernels import ExpertKernel
+from raymoe.experts.panels import PanelKernel, panel_width
+from raymoe.experts.plain import PlainKernel
+from tests.experts.specs import SILU, model_spec, random_record, slow_ffn
+
+FORMS = [
+    *(ExpertMaths(activation=name) for name in ACTIVATIONS),
+    ExpertMaths(activation="relu2", gated=False),
+    ExpertMaths(activation="silu", gated=False, bias=True),
+    ExpertMaths(activation="silu", bias=True),
+    ExpertMaths(activation="silu", limit=0.5),
+    ExpertMaths(activation="silu", limit=0.5, limit_after=True),
+    ExpertMaths(activation="silu", limit=0.7, alpha=1.702, up_shift=1.0, bias=True),
+]
+
+
+def name_of(maths: ExpertMaths) -> str:
+    return "-".join(
+        f"{field}={value}" for field, value in vars(maths).items() if value not in (None, False)
+    )
+
+
+@pytest.mark.parametrize("kernel", [PlainKernel(), PanelKernel()], ids=["plain", "panels"])
+@pytest.mark.parametrize("maths", FORMS, ids=name_of)
+def test_kernel_does_the_maths(kernel: ExpertKernel, maths: ExpertMaths) -> None:
+    spec = model_spec(hidden=192, inner=128, maths=maths)
+    layer = spec.layer_specs[0]
+    records = [random_record(spec, 0, expert) for expert in range(3)]
+    replicas = [kernel.prepare(layer, record) for record in records]
+    counts = [1, 3, 2]
+    x = torch.randn(4, 192, generator=torch.Generator().manual_seed(1))
+    token_of_pair = torch.tensor([2, 0, 1, 3, 3, 0], dtype=torch.int32)
+    found = kernel.run(layer, replicas, counts, x, token_of_pair)
+    expert_of_pair = [0, 1, 1, 1, 2, 2]
+    truth = torch.stack(
+        [
+            slow_ffn(maths, records[expert], x[token])
+            for expert, token in zip(expert_of_pair, token_of_pair.tolist(), strict=True)
+        ]
+    )
+    torch.testing.assert_close(found.double(), truth, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("kernel", [PlainKernel(), PanelKernel()], ids=["plain", "panels"])
+def test_record_comes_back_bit_for_bit(kernel: ExpertKernel, stored: str) -> None:
+    maths = ExpertMaths(activation="silu", bias=True)
+    spec = model_spec(hidden=192, inner=128, maths=maths, stored=stored)
+    layer, record = spec.layer_specs[0], random_record(spec, 0, 0)
+    back = kernel.record(layer, kernel.prepare(layer, record), getattr(torch, stored))
+    assert back.checksum == record.checksum
+    assert list(back.tensors) == list(record.tensors)
+    assert all(tensor.is_contiguous() for tensor in back.tensors.values())
+
+
+def test_prepared_replica_does_not_share_the_records_memory() -> None:
+    spec = model_spec(hidden=192, inner=128)
+    for kernel in (PlainKernel(), PanelKernel()):
+        record = random_record(spec, 0, 0)
+        replica = kernel.prepare(spec.layer_specs[0], record)
+        before = replica["up"].clone()
+        record.tensors["up"].zero_()
+        assert torch.equal(replica["up"], before)
+
+
+@pytest.mark.parametrize(
+    ("columns", "width"),
+    [(2048, 256), (1408, 176), (2880, 240), (768, 256), (96, 96), (64, 64), (48, 0), (257, 0)],
+)
+def test_panel_width_divides(columns: int, width: int) -> None:
+    assert panel_width(columns) == width
+    assert width == 0 or columns % width == 0
+
+
+def test_small_matrices_stay_plain() -> None:
+    assert not panels.fits(model_spec(hidden=256, inner=128).layer_specs[0])
+    assert panels.fits(model_spec(hidden=1024, inner=1024).layer_specs[0])
+    assert not panels.fits(model_spec(hidden=1000, inner=1024).layer_specs[0])
+
+
+def test_choice_by_timing_gives_a_kernel_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = model_spec(hidden=512, inner=64)
+    for win, kind in ((True, PanelKernel), (False, PlainKernel)):
+        monkeypatch.setattr(choose, "panels_win", lambda *_, win=win: win)
+        kernels = choose.choose_kernels(spec, "cpu", torch.float32)
+        assert [type(kernel) for kernel in kernels] == [kind] * spec.layers
+
+
+def test_timing_runs_both_kernels() -> None:
+    assert choose.panels_win.__wrapped__(512, 64, SILU.gated, torch.float32) in (True, False)
+
+
+def test_scratch_grows_and_results_stay_right() -> None:
+    spec = model_spec(hidden=192, inner=128)
+    layer, record = spec.layer_specs[0], random_record(spec, 0, 0)
+    for kernel in (PlainKernel(), PanelKernel()):
+        replica = kernel.prepare(layer, record)
+        for pairs in (3, 200, 0, 5, 1000):
+            x = torch.randn(pairs + 1, 192)
+            ids = torch.arange(pairs, dtype=torch.int32)
+            some = [replica] if pairs else []
+            found = kernel.run(layer, some, [pairs] if pairs else [], x, ids)
+            gate, up = (x[:pairs] @ record.tensors["up"]).chunk(2, dim=-1)
+            truth = (torch.nn.functional.silu(gate) * up) @ record.tensors["down"]
+            torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-4)
