@@ -176,11 +176,11 @@ REQUIRED = tuple(FAMILIES)[: tuple(FAMILIES).index("dbrx") + 1]
 """The families promised; each has a parity test."""
 
 
-def config_of(family: str) -> Any:
+def config_of(family: str, **changes: Any) -> Any:
     """The family's tiny config."""
-    kind = transformers.CONFIG_MAPPING[family]
+    kind: Any = transformers.CONFIG_MAPPING[family]
     if family != "dbrx":
-        return kind(**{**COMMON, **FAMILIES[family]})
+        return kind(**{**COMMON, **FAMILIES[family], **changes})
     return kind(
         vocab_size=VOCAB, d_model=64, n_heads=4, n_layers=3, max_seq_len=512, pad_token_id=0,
         attn_config={"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8},
@@ -191,11 +191,11 @@ def config_of(family: str) -> Any:
     )  # fmt: skip
 
 
-def tiny_model(family: str) -> nn.Module:
+def tiny_model(family: str, **changes: Any) -> nn.Module:
     """The stock model with random float32 weights, without symmetries, in eval mode."""
-    config = config_of(family)
+    config = config_of(family, **changes)
     torch.manual_seed(0)
-    kind = AutoModelForCausalLM._model_mapping.get(type(config), None) or getattr(
+    kind: Any = AutoModelForCausalLM._model_mapping.get(type(config), None) or getattr(
         transformers, type(config).__name__.replace("Config", "ForCausalLM")
     )
     model: nn.Module = kind._from_config(config).eval()
@@ -209,9 +209,17 @@ def tiny_model(family: str) -> nn.Module:
     return model
 
 
-def tiny_checkpoint(family: str, folder: Path, **save: Any) -> Path:
-    """`tiny_model(family)` as safetensors in `folder`/family; `save` goes to `save_pretrained`."""
+def tiny_checkpoint(
+    family: str,
+    folder: Path,
+    *,
+    dtype: str = "float32",
+    max_shard_size: str = "1GB",
+    **changes: Any,
+) -> Path:
+    """`tiny_model(family)` as safetensors in `folder`/family; `changes` go to its config."""
     path = folder / family
     if not path.exists():
-        tiny_model(family).save_pretrained(path, **save)  # type: ignore[operator]
+        model: Any = tiny_model(family, **changes).to(getattr(torch, dtype))
+        model.save_pretrained(path, max_shard_size=max_shard_size)
     return path

@@ -25,6 +25,9 @@ from raymoe.checkpoint.families import (
     load_config,
     model_class,
 )
+from raymoe.checkpoint.files import WeightFiles
+from raymoe.checkpoint.quantized import from_fp8, scale_key
+from raymoe.checkpoint.sources import targets
 from raymoe.checkpoint.spec import ModelSpec
 from raymoe.errors import CheckpointError
 
@@ -87,6 +90,8 @@ def load_dense(
         raise CheckpointError(
             f"{spec.path} lacks {len(missing)} weights of its dense part, such as {missing[0]}"
         )
+    if spec.quantization == "fp8":
+        _apply_scales(model, WeightFiles(Path(spec.path)))
     bind(model, spec, experts)
     evaluated: nn.Module = model.eval()
     return evaluated
@@ -114,6 +119,16 @@ def _take_out_experts(model: nn.Module) -> None:
             holder.register_parameter(leaf, None)
         for part in module.modules():
             part._is_hf_initialized = True  # type: ignore[assignment]  # or it is drawn anew
+
+
+@torch.no_grad()
+def _apply_scales(model: nn.Module, files: WeightFiles) -> None:
+    """Multiply each dense weight that was read from FP8 by its scales."""
+    parameters = dict(model.named_parameters())
+    for key, target, _, _ in targets(model, files):
+        if files.dtype(key) == "F8_E4M3" and target in parameters:
+            weight = from_fp8(files.tensor(key), files.tensor(scale_key(key)))
+            parameters[target].copy_(weight)
 
 
 def bind(model: Any, spec: ModelSpec, experts: Experts) -> None:

@@ -32,10 +32,13 @@ NOT_SOFTMAX = (
 def load_config(path: Path) -> Any:
     """The transformers config. Raises CheckpointError for families it does not know."""
     try:
-        return transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (ValueError, KeyError, OSError, TypeError) as error:
         sentence = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise CheckpointError(f"the config of {path} cannot be used: {sentence}") from None
+    if hasattr(config, "quantization_config"):  # undone by us, expert by expert (`quantized`)
+        del config.quantization_config
+    return config
 
 
 def model_class(config: Any) -> type[nn.Module]:

@@ -17,11 +17,19 @@ from raymoe.checkpoint.families import (
     without_weights,
 )
 from raymoe.checkpoint.files import WeightFiles, fingerprint, read_config
+from raymoe.checkpoint.quantized import quantization_of
 from raymoe.checkpoint.sources import layer_sources, stored_parameters
 from raymoe.checkpoint.spec import LayerSpec, ModelSpec
 from raymoe.errors import CheckpointError
 
-STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+STORED_DTYPES = {
+    "F32": "float32",
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "F8_E4M3": "float32",  # times its float32 scale
+    "U8": "bfloat16",  # MXFP4: exact
+}
+"""What a record holds, by how its file holds it."""
 
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
@@ -36,7 +44,7 @@ def read_spec(path_or_hub_id: str | Path, *, compute_dtype: str = "float32") -> 
     path = find(path_or_hub_id)
     raw = read_config(path)
     refuse_remote_code(path, raw)
-    refuse_quantized(path, raw)
+    quantization = quantization_of(path, raw)
     config = load_config(path)
     family = str(config.model_type)
     model = without_weights(config)
@@ -62,6 +70,7 @@ def read_spec(path_or_hub_id: str | Path, *, compute_dtype: str = "float32") -> 
         stored_dtype=_stored_dtype(layers[0], files),
         compute_dtype=compute_dtype,
         layer_specs=layers,
+        quantization=quantization,
     )
 
 
@@ -93,18 +102,6 @@ def refuse_remote_code(path: Path, raw: dict[str, Any]) -> None:
             f"{path} needs code of its own to be run (auto_map), which raymoe never does; "
             f"its family {raw.get('model_type')!r} is not in transformers"
         )
-
-
-def refuse_quantized(path: Path, raw: dict[str, Any]) -> None:
-    """Weights stored in a format that raymoe does not read, by name."""
-    holders = (raw, raw.get("text_config") or {})
-    for holder in holders:
-        quantization = holder.get("quantization_config") or holder.get("compression_config")
-        if quantization:
-            method = quantization.get("quant_method", "unnamed")
-            raise CheckpointError(
-                f"{path} is quantised with {method!r}, which raymoe does not support"
-            )
 
 
 def _layer(

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from raymoe.checkpoint.files import WeightFiles
+from raymoe.checkpoint.quantized import from_fp8, from_mxfp4
 from raymoe.checkpoint.spec import DTYPE_BYTES, LayerSpec, ModelSpec, Source
 from raymoe.errors import CheckpointError
 
@@ -47,10 +48,22 @@ def _halves(parts: Parts) -> Parts:
     return [torch.cat([part[..., 0::2], part[..., 1::2]], dim=-1) for part in parts]
 
 
+def _fp8(parts: Parts) -> Parts:
+    """Weight, scales, weight, scales, ... -> weights."""
+    return [from_fp8(*pair) for pair in zip(parts[0::2], parts[1::2], strict=True)]
+
+
+def _mxfp4(parts: Parts) -> Parts:
+    """Blocks and scales -> the weight."""
+    return [from_mxfp4(*parts)]
+
+
 STEPS: dict[str, Callable[[Parts], Parts]] = {
     "concat": _concat,
     "transpose": _transpose,
     "deinterleave": _deinterleave,
+    "fp8": _fp8,
+    "mxfp4": _mxfp4,
     "interleave": _interleave,
     "halves": _halves,
 }

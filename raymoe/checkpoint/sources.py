@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -25,6 +26,7 @@ from transformers.core_model_loading import (
 
 from raymoe.checkpoint.families import experts_count, experts_modules
 from raymoe.checkpoint.files import WeightFiles
+from raymoe.checkpoint.quantized import scale_key
 from raymoe.checkpoint.spec import Pick, Source
 from raymoe.errors import CheckpointError
 
@@ -33,6 +35,9 @@ RESIDENT = {
     "gate_up_proj_bias": "up_bias", "up_proj_bias": "up_bias", "down_proj_bias": "down_bias",
 }  # fmt: skip
 """transformers' parameter names -> resident names."""
+
+BLOCKS, SCALES = "_blocks", "_scales"
+"""Suffixes of an MXFP4 parameter's two tensors."""
 
 Stored = dict[str, dict[str, tuple[Any, dict[str, list[str]]]]]
 """experts module -> parameter -> (converter or None, {source pattern: stored keys})."""
@@ -43,26 +48,34 @@ def _natural(key: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in key.split(".")]
 
 
-def stored_parameters(model: nn.Module, files: WeightFiles) -> Stored:
-    """Which stored keys make which parameter of which experts module."""
+def targets(model: nn.Module, files: WeightFiles) -> Iterator[tuple[str, str, Any, str]]:
+    """(stored key, parameter it goes to, converter or None, matched pattern), in natural order.
+
+    Keys that go to no parameter of the model are left out.
+    """
     mapping = get_model_conversion_mapping(model)  # type: ignore[arg-type]
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     converter_of = {pattern: c for c in converters for pattern in c.source_patterns}
     shapes = model.state_dict()
     prefix = getattr(model, "base_model_prefix", "")
-    names = list(experts_modules(model))
-    found: Stored = {name: {} for name in names}
     for key in sorted(files.file_of_key, key=_natural):
-        target, pattern = rename_source_key(key, renamings, converters, prefix, shapes)
-        if target not in shapes:
-            continue
-        owner = next((n for n in _parents(target) if n in found), None)
-        if owner is None:
-            continue
-        converter = converter_of.get(pattern) if pattern else None
-        entry = found[owner].setdefault(target[len(owner) + 1 :], (converter, defaultdict(list)))
-        entry[1][pattern or key].append(key)
+        plain = key.removesuffix(BLOCKS)
+        target, pattern = rename_source_key(plain, renamings, converters, prefix, shapes)
+        if target in shapes:
+            yield key, target, converter_of.get(pattern or ""), pattern or key
+
+
+def stored_parameters(model: nn.Module, files: WeightFiles) -> Stored:
+    """Which stored keys make which parameter of which experts module."""
+    found: Stored = {name: {} for name in experts_modules(model)}
+    for key, target, converter, pattern in targets(model, files):
+        owner = next((name for name in _parents(target) if name in found), None)
+        if owner is not None:
+            of_parameter = found[owner].setdefault(
+                target[len(owner) + 1 :], (converter, defaultdict(list))
+            )
+            of_parameter[1][pattern].append(key)
     return found
 
 
@@ -121,7 +134,25 @@ def _source(
     if tensor.startswith("up") and not getattr(module, "is_concatenated", True):
         steps.append("halves")
     keys = tuple(_template(keys_of[p], experts, pick, files, name) for p in patterns)
-    return Source(tensor=tensor, keys=keys, pick=pick, steps=tuple(steps), shape=full)
+    keys, undo = _quantized(keys, files, experts)
+    return Source(tensor=tensor, keys=keys, pick=pick, steps=(*undo, *steps), shape=full)
+
+
+def _quantized(
+    keys: tuple[str, ...], files: WeightFiles, experts: int
+) -> tuple[tuple[str, ...], list[str]]:
+    """The keys with their scales' keys between them, and the steps that undo the format."""
+    if keys[0].endswith(BLOCKS):
+        steps, pairs = ["mxfp4", "transpose"], [(k, k.removesuffix(BLOCKS) + SCALES) for k in keys]
+    elif files.dtype(keys[0].format(0)) == "F8_E4M3":
+        steps, pairs = ["fp8"], [(key, scale_key(key)) for key in keys]
+    else:
+        return keys, []
+    for _, scales in pairs:
+        for expert in range(experts):
+            if scales.format(expert) not in files.file_of_key:
+                raise CheckpointError(f"{files.path} lacks the scales {scales.format(expert)}")
+    return tuple(key for pair in pairs for key in pair), steps
 
 
 def _stored_in_out(module: nn.Module) -> bool:

@@ -106,9 +106,10 @@ class ModelSpec:
     hidden: int  # D
     top_k: int
     attention: Literal["softmax", "other"]
-    stored_dtype: str
+    stored_dtype: str  # of an expert's record: what a quantised format becomes when it is read
     compute_dtype: str
     layer_specs: tuple[LayerSpec, ...]
+    quantization: str | None = None  # of the files: "mxfp4", "fp8"
 
     @property
     def layers(self) -> int:

@@ -76,7 +76,7 @@ def compare(path: Path, tokens: int = 8, prompts: int = 2) -> Parity:
     """Generate greedily with stock transformers and with two shards; compare everything."""
     spec = read_spec(path)
     assert ModelSpec.from_json(spec.to_json()) == spec
-    stock = _stock(path)
+    stock = stock_model(path)
     equal = experts_equal(spec, stock)
     ids = torch.randint(3, 500, (prompts, 12), generator=torch.Generator().manual_seed(3))
     truth, truth_logits = greedy(stock, ids, tokens)
@@ -96,7 +96,7 @@ def compare(path: Path, tokens: int = 8, prompts: int = 2) -> Parity:
     )
 
 
-def _stock(path: Path) -> nn.Module:
+def stock_model(path: Path) -> nn.Module:
     from transformers import AutoConfig
 
     kind: Any = model_class(AutoConfig.from_pretrained(path))
