@@ -66,6 +66,7 @@ class Gate:
     hidden: torch.Tensor  # [T, D]
     expert_ids: torch.Tensor  # int64 [T, K], distinct in a row
     weights: torch.Tensor  # [T, K], rows sum to 1
+    rows: dict[int, list[int]]  # by number of groups: rows that travel to each
 
 
 def gates(tokens: int, count: int = 4) -> list[Gate]:
@@ -80,6 +81,7 @@ def gates(tokens: int, count: int = 4) -> list[Gate]:
                 hidden=torch.randn(tokens, HIDDEN, generator=rng),
                 expert_ids=ids,
                 weights=torch.softmax(top, dim=1),
+                rows={},
             )
         )
     return made
@@ -283,7 +285,7 @@ def by_memcpy(groups: int) -> RoundTrip:
     back = [np.zeros((1024, HIDDEN), np.float32) for _ in range(groups)]
 
     def round_trip(gate: Gate) -> torch.Tensor:
-        rows = sent_rows(gate, groups)
+        rows = gate.rows[groups]
         x = gate.hidden.numpy()
         for group, count in enumerate(rows):
             np.copyto(there[group][:count], x[:count])
@@ -291,18 +293,6 @@ def by_memcpy(groups: int) -> RoundTrip:
         return gate.hidden
 
     return round_trip
-
-
-_rows: dict[tuple[int, int], list[int]] = {}
-
-
-def sent_rows(gate: Gate, groups: int) -> list[int]:
-    """Rows that travel to each group; counted once a batch, outside what is timed."""
-    key = (id(gate), groups)
-    if key not in _rows:
-        messages = cut(gate, groups)[1]
-        _rows[key] = [len(m.tokens) for m in messages]
-    return _rows[key]
 
 
 # ------------------------------------------------------------------------------ the measurement
@@ -313,9 +303,9 @@ def measure(
 ) -> dict[str, list[float]]:
     """Microseconds of each round trip; planes in a new order each round."""
     batches = gates(tokens)
-    for name, plane in planes.items():
-        for gate in batches:
-            sent_rows(gate, groups)
+    for gate in batches:
+        for name, plane in planes.items():
+            gate.rows[groups] = [len(message.tokens) for message in cut(gate, groups)[1]]
             torch.testing.assert_close(
                 plane(gate), gate.hidden, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
             )
@@ -337,7 +327,7 @@ def measure(
 
 def start_ray(folder: str, groups: int) -> tuple[Any, list[Any]]:
     """Ray with workers at the priority of everybody else, and an actor a group."""
-    os.environ["RAY_worker_niceness"] = "0"
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
     import ray

@@ -3,8 +3,8 @@
 The loop has no thread of its own while the compute thread waits: poll() itself waits on the epoll,
 so that a request reaches the kernel without a hand-over between threads (on the two-core machine
 that costs 30-100 us, more than the whole round trip). While the compute thread computes, a second
-thread serves the same epoll: it accepts, reads, writes on and answers heartbeats. The lock is held
-for the handling of events only, never while waiting and never while computing.
+thread looks at the same epoll every few milliseconds: it accepts, reads, writes on and answers
+heartbeats. The lock is held while events are handled, never while waiting or computing.
 """
 
 from __future__ import annotations
@@ -45,6 +45,9 @@ from raymoe.links.slots import granted, segment_bytes
 from raymoe.links.streams import frame
 
 log = logging.getLogger(__name__)
+
+_BUSY_TICK_S = 0.003  # between two looks of the second thread while the first computes
+_IDLE_TICK_S = 0.05
 
 Bulk = Callable[[socket.socket, Peer], None]
 
@@ -250,18 +253,22 @@ class Server:
     # ---------------------------------------------------------------- the loop
 
     def _serve_beside(self) -> None:
-        """The second thread: serves the loop while the compute thread does not."""
-        idle_s, busy_s = 0.05, 0.002
-        seen = 0
-        while not self._stopped.wait(busy_s if seen != self.progress else idle_s):
+        """The second thread: looks at the loop now and then while the compute thread computes.
+
+        It never waits on the epoll, for the kernel would wake it instead of the compute thread.
+        """
+        seen = -1
+        while True:
+            active = not self._polling or seen != self.progress
             seen = self.progress
-            while not self._polling and not self._stopped.is_set():
-                events = self._epoll.poll(idle_s)
+            if self._stopped.wait(_BUSY_TICK_S if active else _IDLE_TICK_S):
+                return
+            if not self._polling:
+                events = self._epoll.poll(0)
                 with self._lock:
                     self._handle(events)
                     if self._polling and (self._woken or len(self._queue)):
-                        os.eventfd_write(self._wake_fd, 1)  # we took what would have woken poll()
-                self._look_after()
+                        os.eventfd_write(self._wake_fd, 1)  # we took what poll() waits for
             self._look_after()
 
     def _handle(self, events: list[tuple[int, int]]) -> None:
