@@ -10,7 +10,7 @@ from torch import Tensor
 
 from raymoe.checkpoint.record import ExpertRecord
 from raymoe.checkpoint.spec import ModelSpec
-from raymoe.errors import ConfigError
+from raymoe.errors import CheckpointError, ConfigError
 from raymoe.experts.choose import choose_kernels
 from raymoe.experts.kernels import ExpertKernel, Prepared
 
@@ -61,8 +61,10 @@ class ExpertShard:
     def add(self, layer: int, expert: int, record: ExpertRecord) -> None:
         """Hold a replica; nothing happens when it is held already.
 
-        Raises ConfigError when it would pass the budget, by how many bytes.
+        Raises ConfigError when it would pass the budget, by how many bytes, and CheckpointError
+        when the record is not one of this layer's experts.
         """
+        self._check(layer, record)
         needed = self._bytes[layer]
         with self._change:
             if self._replicas[layer][expert] is not None:
@@ -85,6 +87,13 @@ class ExpertShard:
                 self._resident_bytes -= needed
                 return
             self._replace(layer, expert, prepared)
+
+    def _check(self, layer: int, record: ExpertRecord) -> None:
+        """A record may come from another group: its shapes must be this layer's."""
+        wanted = {s.tensor: s.shape for s in self.spec.layer_specs[layer].sources}
+        found = {name: tuple(tensor.shape) for name, tensor in record.tensors.items()}
+        if found != wanted:
+            raise CheckpointError(f"an expert of MoE layer {layer} holds {wanted}, got {found}")
 
     def drop(self, layer: int, expert: int) -> None:
         """Let a replica go; nothing happens when it is not held."""
@@ -126,7 +135,8 @@ class ExpertShard:
         Returns the experts that are not held; then nothing was computed. Empty when done.
         """
         of_layer, experts = self._replicas[layer], expert_ids.tolist()
-        replicas = [of_layer[expert] for expert in experts]
+        size = len(of_layer)
+        replicas = [of_layer[expert] if 0 <= expert < size else None for expert in experts]
         if any(replica is None for replica in replicas):
             return [e for e, replica in zip(experts, replicas, strict=True) if replica is None]
         with self._compute, torch.inference_mode():

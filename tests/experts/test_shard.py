@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from raymoe.checkpoint.record import ExpertRecord
-from raymoe.checkpoint.spec import ModelSpec
-from raymoe.errors import ConfigError
+from raymoe.checkpoint.spec import LayerSpec, ModelSpec
+from raymoe.errors import CheckpointError, ConfigError
 from raymoe.experts.kernels import IdentityKernel
 from raymoe.experts.shard import ExpertShard
 from tests.experts.specs import model_spec, random_record, slow_ffn
@@ -142,10 +142,30 @@ def test_add_and_drop_can_be_repeated() -> None:
 
 
 def test_failed_add_gives_its_bytes_back() -> None:
-    shard = ExpertShard(SPEC, budget_bytes=ONE)
-    with pytest.raises(AttributeError):
-        shard.add(0, 0, ExpertRecord(tensors={"up": None}))  # type: ignore[dict-item]
+    class NoMemory(IdentityKernel):
+        def prepare(self, layer: LayerSpec, record: ExpertRecord) -> ExpertRecord:
+            raise MemoryError
+
+    shard = ExpertShard(SPEC, budget_bytes=ONE, kernel=NoMemory())
+    with pytest.raises(MemoryError):
+        shard.add(0, 0, random_record(SPEC, 0, 0))
     assert shard.resident_bytes == 0
+    assert not shard.has(0, 0)
+
+
+def test_record_of_other_shapes_is_refused() -> None:
+    shard = ExpertShard(SPEC, budget_bytes=ONE)
+    with pytest.raises(CheckpointError, match=r"MoE layer 0 holds .*\(32, 32\).*\(64, 32\)"):
+        shard.add(0, 0, random_record(model_spec(hidden=64), 0, 0))
+
+
+def test_experts_that_cannot_be_are_missing_experts() -> None:
+    expert_ids, counts, token_of_pair = message({-1: [0], 2: [0], 6: [0]})
+    out = torch.empty(1, 32)
+    found = full_shard().compute(
+        0, torch.ones(1, 32), expert_ids, counts, token_of_pair, torch.ones(3), out
+    )
+    assert found == [-1, 6]
 
 
 def test_resident_bytes_are_what_the_tensors_take() -> None:
