@@ -10,7 +10,9 @@ import numpy.typing as npt
 from placement.types import Floats, check_load
 
 _SPANS = (1.0, 0.5, 0.2)  # EWMA weights of the newest window; 0.5 alone did well on real traces
+_PRIOR = np.array([0.1, 0.6, 0.2, 0.1])  # the blend before anything is known
 _SHIFT = 2.0  # an error so many times the usual one is a change of regime, not noise
+_DOUBT = 0.5  # log-size of the errors expected before any was seen
 _KEEP = 0.97  # how slowly old errors fade from the weights and from the long mean
 
 
@@ -45,16 +47,16 @@ class Forecaster:
     Layers that saw no token in a window keep their state.
     """
 
-    def __init__(self, layers: int, experts: int, errors_kept: int = 6) -> None:
+    def __init__(self, layers: int, experts: int, errors_kept: int = 6, seed: int = 0) -> None:
+        self._seed = seed
         self._averages = np.zeros((len(_SPANS), layers, experts))
         self._mean = np.zeros((layers, experts))
         self._seen = np.zeros(layers)  # faded number of windows with tokens
         self._tokens = np.zeros(layers)  # EWMA of the layer's total
         size = len(_SPANS) + 1
-        self._normal = np.eye(size) * 1e-3
-        prior = np.full(size, 0.1)
-        prior[1] = 0.7  # before anything is known: mostly the EWMA of 0.5
-        self._target = self._normal @ prior
+        self._normal = np.eye(size)
+        self._target = self._normal @ _PRIOR
+        self._prior_weight = 0.0  # known with the first error: the size of one window's evidence
         self._errors: list[Floats] = []
         self._usual: list[float] = []  # sizes of the last errors that were no shift
         self._errors_kept = errors_kept
@@ -94,22 +96,34 @@ class Forecaster:
         total = part.sum(1, keepdims=True)
         part = part / np.where(total > 0, total, 1.0)
         scale = self._tokens[:, None]
-        if not self._errors:
-            return Forecast(
-                load=part * scale, scenarios=(part * scale)[None], spread=np.zeros_like(part)
-            )
-        errors = np.stack(self._errors)
-        cases = np.maximum(part + errors, 0)
-        cases /= np.maximum(cases.sum(2, keepdims=True), 1e-300)
+        spread = np.zeros_like(part)
+        if self._errors:
+            spread = np.sqrt((np.stack(self._errors) ** 2).mean(0))
         return Forecast(
-            load=part * scale,
-            scenarios=np.where(scale > 0, cases * scale, 0.0),
-            spread=np.sqrt((errors**2).mean(0)) * scale,
+            load=part * scale, scenarios=self._cases(part) * scale, spread=spread * scale
         )
 
-    def _forget(self) -> None:
-        """The load became another one: start from the newest window, keep what is usual."""
-        self._seen[:] = 0
+    def _cases(self, part: Floats) -> Floats:
+        """The load as it may turn out, [M, L, E] parts, the most telling last.
+
+        Past errors as they were, each followed by the same error dealt out to other experts: what
+        hit one expert may hit another. Before anything is known, errors of a usual size.
+        """
+        rng = np.random.default_rng(self._seed)
+        layers, experts = part.shape
+        errors = list(self._errors)
+        while len(errors) < 3:
+            guess = rng.lognormal(-(_DOUBT**2) / 2, _DOUBT, part.shape)
+            errors.insert(0, part * (guess - 1) + 0.2 * (rng.exponential(1 / experts, part.shape)))
+        cases = []
+        root = np.sqrt(np.maximum(part, 0.1 / experts))  # errors grow like the root of the load
+        for error in errors:
+            order = rng.permuted(np.tile(np.arange(experts), (layers, 1)), axis=1)
+            dealt = np.take_along_axis(error / root, order, 1) * root
+            cases += [part + dealt, part + error]
+        out = np.maximum(np.stack(cases), 0)
+        out /= np.maximum(out.sum(2, keepdims=True), 1e-300)
+        return np.where(part.sum(1, keepdims=True) > 0, out, 0.0)
 
     def _features(self) -> Floats:
         return np.concatenate([self._averages, self._mean[None]])  # [F, L, E]
@@ -119,10 +133,22 @@ class Forecaster:
         blended: Floats = np.einsum("fle,f->le", features, weights)
         return blended
 
+    def _forget(self) -> None:
+        """The load became another one: start from the newest window, keep what is usual."""
+        self._seen[:] = 0
+
     def _learn(self, features: Floats, truth: Floats) -> None:
         flat = features.reshape(len(features), -1)
-        self._normal = self._normal * _KEEP + flat @ flat.T
-        self._target = self._target * _KEEP + flat @ truth.ravel()
+        prior = np.eye(len(flat))
+        if not self._prior_weight:
+            self._prior_weight = 0.3 * float((flat * flat).sum()) / len(flat)
+            self._normal = prior * self._prior_weight
+            self._target = self._normal @ _PRIOR
+        # the prior never fades: all experts of a window err together, so the evidence of one
+        # window is less than its many numbers suggest
+        fresh = (1 - _KEEP) * self._prior_weight
+        self._normal = self._normal * _KEEP + flat @ flat.T + fresh * prior
+        self._target = self._target * _KEEP + flat @ truth.ravel() + fresh * _PRIOR
 
 
 def forecast_windows(counts: npt.ArrayLike) -> Forecast:

@@ -203,7 +203,7 @@ class Searcher:
         amount: Floats,
         calc: _Gains,
     ) -> tuple[Floats, Floats, Ints]:
-        """Net gains [N, S, T, F] of swapping expert s against the f-th lightest single of target t."""
+        """Net gains [N, S, T, F] of swapping expert s for the f-th lightest single of target t."""
         n = np.arange(len(live))[:, None]
         single = self._copies[live] == 1
         there = self.resident[live[:, None], :, target] & single[:, None, :]  # [N, T, E]

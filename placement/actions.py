@@ -1,0 +1,83 @@
+"""What the reconciler sees and asks for. Plain data; every action can be repeated safely."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from placement.errors import PlacementError
+from placement.table import Table
+from placement.types import Bools, Fleet, Floats
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Snapshot:
+    """What is true now. All arrays in the order of `fleet.groups`, which are the living groups.
+
+    ready      bool [L, E, G], loaded and checked
+    loading    bool [L, E, G], asked for and under way
+    table      the table published last, None before the first
+    drained    no client uses a table older than this epoch any more
+    draining   ids of groups that shall be emptied
+    counts     float64 [L, E], tokens since the last snapshot; None: not measured
+    window_s   seconds in which `counts` were counted
+    """
+
+    fleet: Fleet
+    ready: Bools
+    loading: Bools
+    table: Table | None = None
+    drained: int = 0
+    draining: frozenset[str] = frozenset()
+    counts: Floats | None = None
+    window_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        groups = len(self.fleet.groups)
+        for name in ("ready", "loading"):
+            array = getattr(self, name)
+            if array.ndim != 3 or array.shape[2] != groups or array.dtype != np.bool_:
+                raise PlacementError(f"snapshot.{name} must be bool [layers, experts, {groups}]")
+        if self.ready.shape != self.loading.shape:
+            raise PlacementError("snapshot.ready and snapshot.loading differ in shape")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """Load a replica; from `source` (a ready peer) or, when that is None, the checkpoint."""
+
+    layer: int
+    expert: int
+    group: str
+    source: str | None
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drop:
+    """Free a replica that no table in use lists."""
+
+    layer: int
+    expert: int
+    group: str
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Publish:
+    """Make this the table; later actions wait until it is seen in the snapshot."""
+
+    table: Table
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retire:
+    """The drained group holds nothing any more and may end."""
+
+    group: str
+    why: str
+
+
+Action = Load | Drop | Publish | Retire

@@ -1,0 +1,219 @@
+"""How many groups of which kind: a target with patience; and whom to retire at what cost.
+
+Load and speeds say how busy the groups are: pairs/s of all layers over pairs/s of all groups,
+divided by the balancedness the placement reaches. A utilisation target keeps that under `target`;
+a latency objective adds groups when the groups' queueing exceeds it. Scaling in must leave a fleet
+that still holds one replica of each expert and survives what it must.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from placement.errors import PlacementError
+from placement.survive import shortfall
+from placement.types import Bools, Fleet, Floats, GroupSpec, Placement, check_load
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """A kind of group that can be had."""
+
+    name: str
+    speed: float
+    memory_bytes: int
+    price: float = 1.0  # per hour, in any currency
+    most: int = 1_000  # how many may run at once
+    bandwidth_bytes_per_s: float = 1e9
+
+    def __post_init__(self) -> None:
+        if not (self.speed > 0 and self.price > 0 and self.memory_bytes > 0):
+            raise PlacementError(
+                f"kind {self.name}: speed, price and memory_bytes must be positive"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleConfig:
+    """Targets and patience.
+
+    target        utilisation to aim at; above `high` for `up_after_s` grows, below `low` for
+                  `down_after_s` shrinks
+    queue_s       latency objective: the seconds a dispatch may wait in a group; None: none
+    cool_down_s   least time between two decisions
+    """
+
+    target: float = 0.6
+    high: float = 0.8
+    low: float = 0.4
+    queue_s: float | None = None
+    up_after_s: float = 10.0
+    down_after_s: float = 120.0
+    cool_down_s: float = 60.0
+    least: int = 1
+    most: int = 1_000
+
+    def __post_init__(self) -> None:
+        if not 0 < self.low < self.target < self.high:
+            raise PlacementError("autoscale needs 0 < low < target < high")
+        if not 1 <= self.least <= self.most:
+            raise PlacementError("autoscale needs 1 <= least <= most")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What to do now: groups to add by kind, groups to drain, and the reason in numbers."""
+
+    add: tuple[tuple[str, int], ...] = ()
+    retire: tuple[str, ...] = ()
+    utilisation: float = 0.0
+    why: str = ""
+
+
+class Autoscaler:
+    """Feed it observations; it answers with a Decision (often: nothing)."""
+
+    def __init__(self, config: ScaleConfig, kinds: tuple[Kind, ...]) -> None:
+        if not kinds:
+            raise PlacementError("autoscale needs at least one kind of group to add")
+        self.config, self.kinds = config, kinds
+        self._high_since: float | None = None
+        self._low_since: float | None = None
+        self._acted_s = -math.inf
+
+    def step(
+        self,
+        fleet: Fleet,
+        load: Floats,
+        placement: Placement,
+        now: float,
+        *,
+        balancedness: float = 1.0,
+        queue_s: float = 0.0,
+        draining: frozenset[str] = frozenset(),
+    ) -> Decision:
+        """load float64 [L, E] pairs/s; queue_s: the waiting time observed (say its p95)."""
+        config = self.config
+        load = check_load(load, fleet.layers)
+        alive = np.array([g not in draining for g in fleet.ids])
+        rate = float(fleet.pair_rate[alive].sum()) * max(balancedness, 0.05)
+        busy = float(load.sum()) / max(rate, 1e-300)
+        late = config.queue_s is not None and queue_s > config.queue_s
+        missing, _ = shortfall(fleet, fleet.present(load.shape[1]), alive)
+        self._high_since = self._since(self._high_since, busy > config.high or late, now)
+        relaxed = busy < config.low and not late
+        self._low_since = self._since(self._low_since, relaxed, now)
+        if missing:
+            return self._grow(fleet, alive, busy, max(busy, 1e-9), now, f"{missing} bytes missing")
+        if now - self._acted_s < config.cool_down_s:
+            return Decision(utilisation=busy, why="cooling down")
+        if self._high_since is not None and now - self._high_since >= config.up_after_s:
+            factor = max(busy / config.target, 1.25 if late else 1.0)
+            why = f"queueing {queue_s:.3g} s > {config.queue_s:.3g} s" if late else "busy"
+            return self._grow(fleet, alive, busy, factor, now, why)
+        if self._low_since is not None and now - self._low_since >= config.down_after_s:
+            return self._shrink(fleet, load, placement, alive, busy, now)
+        return Decision(utilisation=busy, why="within the band")
+
+    @staticmethod
+    def _since(since: float | None, true: bool, now: float) -> float | None:
+        if not true:
+            return None
+        return now if since is None else since
+
+    def _grow(
+        self, fleet: Fleet, alive: Bools, busy: float, factor: float, now: float, why: str
+    ) -> Decision:
+        """Add the kinds with the most speed per price until the rate is `factor` times today's."""
+        rate = float(fleet.pair_rate[alive].sum())
+        wanted = rate * max(factor, 1.0)
+        room = self.config.most - int(alive.sum())
+        running = {k.name: sum(g.kind == k.name for g in fleet.groups) for k in self.kinds}
+        add: dict[str, int] = {}
+        grown = fleet
+        ranked = sorted(self.kinds, key=lambda k: (-k.speed / k.price, k.name))
+        while room > 0:
+            mask = np.concatenate([alive, np.ones(len(grown.groups) - len(alive), np.bool_)])
+            experts = None if fleet.experts_of_layer else 1
+            fits = not experts and not shortfall(grown, grown.present(), mask)[0]
+            if rate >= wanted - 1e-9 and (fits or (experts and add)):
+                break
+            kind = next((k for k in ranked if running[k.name] < k.most), None)
+            if kind is None:
+                why += "; no kind has groups left"
+                break
+            add[kind.name] = add.get(kind.name, 0) + 1
+            running[kind.name] += 1
+            rate += kind.speed * fleet.tokens_per_s
+            room -= 1
+            grown = replace(grown, groups=(*grown.groups, _group_of(kind, len(grown.groups))))
+        if not add:
+            return Decision(utilisation=busy, why=f"{why}; at the most groups allowed")
+        self._acted_s = now
+        named = ", ".join(f"{n} x {name}" for name, n in sorted(add.items()))
+        return Decision(
+            add=tuple(sorted(add.items())),
+            utilisation=busy,
+            why=f"{why}: utilisation {busy:.2f} (target {self.config.target}); add {named}",
+        )
+
+    def _shrink(
+        self,
+        fleet: Fleet,
+        load: Floats,
+        placement: Placement,
+        alive: Bools,
+        busy: float,
+        now: float,
+    ) -> Decision:
+        """Retire the group that frees the most price for the fewest bytes to move, if all fits."""
+        if int(alive.sum()) <= self.config.least:
+            return Decision(utilisation=busy, why="at the fewest groups allowed")
+        price = {k.name: k.price for k in self.kinds}
+        best: tuple[float, str, str] | None = None
+        total = float(fleet.pair_rate[alive].sum())
+        for g in np.flatnonzero(alive).tolist():
+            left = total - float(fleet.pair_rate[g])
+            after = busy * total / max(left, 1e-300)
+            rest = alive.copy()
+            rest[g] = False
+            if left <= 0 or after > self.config.target or not _fits(fleet, load, rest):
+                continue
+            moved = moving_bytes(fleet, placement, g)
+            cost = (moved + 1.0) / price.get(fleet.groups[g].kind, 1.0)
+            text = f"{moved} bytes to move, {moved / fleet.bandwidth[rest].sum():.3g} s of loading"
+            if best is None or (cost, fleet.ids[g]) < (best[0], best[1]):
+                best = cost, fleet.ids[g], f"{text}, utilisation {busy:.2f} -> {after:.2f}"
+        if best is None:
+            return Decision(utilisation=busy, why="no group can go: bytes, survival or the target")
+        self._acted_s = now
+        return Decision(retire=(best[1],), utilisation=busy, why=f"retire {best[1]}: {best[2]}")
+
+
+def _group_of(kind: Kind, number: int) -> GroupSpec:
+    return GroupSpec(
+        id=f"new-{kind.name}-{number}",
+        node=f"new-node-{number}",
+        kind=kind.name,
+        speed=kind.speed,
+        memory_bytes=kind.memory_bytes,
+        bandwidth_bytes_per_s=kind.bandwidth_bytes_per_s,
+    )
+
+
+def _fits(fleet: Fleet, load: Floats, alive: Bools) -> bool:
+    """One replica of each expert fits the groups alive, and survives what it must."""
+    present = fleet.present(load.shape[1])
+    needed = int((present.sum(1) * fleet.expert_bytes).sum())
+    if needed > int(fleet.budget_bytes[alive].sum()):
+        return False
+    return shortfall(fleet, present, alive)[0] == 0
+
+
+def moving_bytes(fleet: Fleet, placement: Placement, group: int) -> int:
+    """Bytes that must be loaded elsewhere before the group may go: its only replicas."""
+    only = placement.resident[:, :, group] & (placement.copies() == 1)
+    return int((only.sum(1) * fleet.expert_bytes).sum())

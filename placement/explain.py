@@ -1,0 +1,72 @@
+"""A plan's reasons, in words and numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from placement.planner import Plan, loading_s
+from placement.search import Change
+from placement.types import Fleet
+
+
+def explain(plan: Plan, fleet: Fleet, most: int | None = None) -> list[str]:
+    """One sentence for each action, those that gain most first."""
+    lines = [_owed_line(o.kind, o.layer, o.expert, fleet.ids[o.group]) for o in plan.owed]
+    ranked = sorted(plan.changes, key=lambda c: (-c.gain, c.layer, c.expert))
+    lines += [_change_line(change, plan, fleet) for change in ranked]
+    return lines if most is None else lines[:most]
+
+
+def _owed_line(kind: str, layer: int, expert: int, group: str) -> str:
+    name = f"layer {layer} expert {expert}"
+    if kind == "restore":
+        return f"restore {name} on {group}: it has no other replica"
+    if kind == "leave":
+        return f"take {name} off {group}: the group is to be emptied"
+    return f"take {name} off {group}: the group is over its bytes"
+
+
+def _change_line(change: Change, plan: Plan, fleet: Fleet) -> str:
+    horizon = plan.config.horizon_s
+    gain, price = change.gain * horizon, change.price * horizon
+    margin = plan.config.margin * float(plan.layer_after_s[change.layer]) * horizon
+    source, target = fleet.ids[change.source], fleet.ids[change.target]
+    what = f"layer {change.layer}: expert {change.expert}"
+    numbers = (
+        f"gains {gain:.4g} s in {horizon:g} s for {change.loaded_bytes / 1e6:.3g} MB "
+        f"({price:.4g} s) and a margin of {margin:.4g} s"
+    )
+    if change.kind == "swap":
+        return (
+            f"swap {what} on {source} with expert {change.other_expert} on {target}, "
+            f"because {source} is the slowest: {numbers}"
+        )
+    if change.kind == "replace":
+        return (
+            f"add {what} on {target} in place of layer {change.other_layer} expert "
+            f"{change.other_expert}, to relieve {source}: {numbers}"
+        )
+    return f"add {what} on {target}, to relieve {source}: {numbers}"
+
+
+def summary(plan: Plan, fleet: Fleet) -> dict[str, Any]:
+    """The plan in numbers, JSON-safe."""
+    before = None if not np.isfinite(plan.before_s) else plan.before_s
+    ideal = float(plan.layer_after_s.sum())
+    return {
+        "mode": plan.mode,
+        "groups": len(fleet.groups),
+        "time_before": before,
+        "time_after": ideal,
+        "gain_s": None if before is None else (before - plan.after_s) * plan.config.horizon_s,
+        "loads": int(plan.loads.sum()),
+        "drops": int(plan.drops.sum()),
+        "loaded_bytes": plan.loaded_bytes,
+        "loading_s": loading_s(plan, fleet),
+        "actions": len(plan.changes) + len(plan.owed),
+        "extra_replicas": int(
+            (plan.placement.copies() - np.minimum(plan.placement.copies(), 1)).sum()
+        ),
+    }

@@ -1,0 +1,278 @@
+"""A fleet before it is rented: the controller's own Reconciler on a fake fleet with a time model.
+
+Windows of counts are played one after another. A batch of a layer ends when its slowest group
+does (alpha + pairs / speed + gamma * active experts, per-batch split by the published table). Loads
+take bytes / bandwidth in their group, one after another, and hold up `move_cost` of that time of
+the group's work. Groups may be lost, drained or slowed on the way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from placement.actions import Action, Drop, Load, Publish, Retire, Snapshot
+from placement.converge import no_host
+from placement.errors import PlacementError
+from placement.reconcile import ReconcileConfig, Reconciler
+from placement.split import TableSplit
+from placement.table import Table
+from placement.types import Bools, Fleet, Floats, Ints, check_load
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Something happens to a group at the start of a window: "lose", "drain", "slow", "join"."""
+
+    window: int
+    kind: str
+    group: str
+    value: float = 1.0  # slow: the factor of its speed
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("lose", "drain", "slow", "join"):
+            raise PlacementError(f"event {self.kind!r} is not one of lose, drain, slow, join")
+
+
+@dataclass(kw_only=True)
+class Report:
+    """What came out, window by window. Times in seconds."""
+
+    ideal_s: list[float] = field(default_factory=list)  # all groups equally busy
+    busy_s: list[float] = field(default_factory=list)  # the slowest groups, summed over layers
+    stall_s: list[float] = field(default_factory=list)  # held up by loads
+    missing: list[int] = field(default_factory=list)  # pairs whose expert had no ready replica
+    loaded_bytes: list[int] = field(default_factory=list)
+    replicas: list[int] = field(default_factory=list)
+    epochs: int = 0
+    events: list[str] = field(default_factory=list)
+
+    @property
+    def balancedness(self) -> float:
+        """Time-balancedness over all windows: 1 is no straggler."""
+        return sum(self.ideal_s) / max(sum(self.busy_s), 1e-300)
+
+    @property
+    def net(self) -> float:
+        """The same with the time that loads held up counted in."""
+        return sum(self.ideal_s) / max(sum(self.busy_s) + sum(self.stall_s), 1e-300)
+
+    def to_dict(self) -> dict[str, Any]:
+        per_window = np.array(self.ideal_s) / np.maximum(self.busy_s, 1e-300)
+        return {
+            "windows": len(self.busy_s),
+            "balancedness": self.balancedness,
+            "balancedness_net_of_stalls": self.net,
+            "worst_window": float(per_window.min()) if len(per_window) else None,
+            "loaded_bytes": int(sum(self.loaded_bytes)),
+            "stall_s": float(sum(self.stall_s)),
+            "unserved_pairs": int(sum(self.missing)),
+            "epochs": self.epochs,
+            "per_window": per_window.tolist(),
+        }
+
+
+class FakeFleet:
+    """Executes actions in simulated time."""
+
+    def __init__(self, fleet: Fleet, layers: int, experts: int) -> None:
+        self.fleet = fleet
+        shape = (layers, experts, len(fleet.groups))
+        self.ready: Bools = np.zeros(shape, np.bool_)
+        self.loading: Bools = np.zeros(shape, np.bool_)
+        self.ends: dict[tuple[int, int, str], float] = {}
+        self.free_at: dict[str, float] = dict.fromkeys(fleet.ids, 0.0)
+        self.table: Table | None = None
+        self.draining: frozenset[str] = frozenset()
+        self.loaded_bytes = 0
+        self.loading_s: dict[str, float] = {}
+
+    def snapshot(self, counts: Floats | None = None, window_s: float = 0.0) -> Snapshot:
+        drained = self.table.epoch if self.table else 0
+        return Snapshot(
+            fleet=self.fleet,
+            ready=self.ready.copy(),
+            loading=self.loading.copy(),
+            table=self.table,
+            drained=drained,
+            draining=self.draining,
+            counts=counts,
+            window_s=window_s,
+        )
+
+    def execute(self, actions: list[Action], now: float) -> None:
+        index = {group: g for g, group in enumerate(self.fleet.ids)}
+        for action in actions:
+            if isinstance(action, Publish):
+                self.table = action.table
+            elif isinstance(action, Load):
+                self._load(action, index[action.group], now)
+            elif isinstance(action, Drop):
+                self.ready[action.layer, action.expert, index[action.group]] = False
+            elif isinstance(action, Retire):
+                self.lose(action.group)
+                index = {group: g for g, group in enumerate(self.fleet.ids)}
+
+    def _load(self, action: Load, group: int, now: float) -> None:
+        cell = (action.layer, action.expert, action.group)
+        if self.ready[action.layer, action.expert, group] or cell in self.ends:
+            return
+        size = int(self.fleet.expert_bytes[action.layer])
+        seconds = size / float(self.fleet.bandwidth[group])
+        start = max(now, self.free_at[action.group])
+        self.free_at[action.group] = self.ends[cell] = start + seconds
+        self.loading[action.layer, action.expert, group] = True
+        self.loaded_bytes += size
+        self.loading_s[action.group] = self.loading_s.get(action.group, 0.0) + seconds
+
+    def advance(self, now: float) -> None:
+        """Finish the loads due by now."""
+        index = {group: g for g, group in enumerate(self.fleet.ids)}
+        for cell in [c for c, end in self.ends.items() if end <= now]:
+            del self.ends[cell]
+            layer, expert, group = cell
+            self.loading[layer, expert, index[group]] = False
+            self.ready[layer, expert, index[group]] = True
+
+    def next_end(self) -> float | None:
+        return min(self.ends.values(), default=None)
+
+    def lose(self, group: str) -> None:
+        at = self.fleet.ids.index(group)
+        keep = [g for g in range(len(self.fleet.groups)) if g != at]
+        if not keep:
+            raise PlacementError("the last group of the fleet was lost")
+        self.fleet = replace(self.fleet, groups=tuple(self.fleet.groups[g] for g in keep))
+        self.ready, self.loading = self.ready[:, :, keep], self.loading[:, :, keep]
+        self.ends = {c: end for c, end in self.ends.items() if c[2] != group}
+        self.draining = self.draining - {group}
+
+    def slow(self, group: str, factor: float) -> None:
+        specs = tuple(
+            replace(g, speed=g.speed * factor) if g.id == group else g for g in self.fleet.groups
+        )
+        self.fleet = replace(self.fleet, groups=specs)
+
+    def join(self, spec: Any) -> None:
+        self.fleet = replace(self.fleet, groups=(*self.fleet.groups, spec))
+        layers, experts, _ = self.ready.shape
+        column = np.zeros((layers, experts, 1), np.bool_)
+        self.ready = np.concatenate([self.ready, column], 2)
+        self.loading = np.concatenate([self.loading, column], 2)
+        self.free_at[spec.id] = 0.0
+
+
+def simulate(
+    counts: Ints,
+    fleet: Fleet,
+    config: ReconcileConfig | None = None,
+    *,
+    window_s: float = 60.0,
+    batches: int = 1,
+    events: tuple[Event, ...] = (),
+) -> Report:
+    """Play windows of counts [W, L, E] against a Reconciler on `fleet`.
+
+    window_s  simulated seconds of a window: how long loads have, and the planner's clock. Give
+              what the window really took: a fleet that idles gains little by moving
+    batches   batches a window is cut into (for alpha and gamma); the split is made for one
+    """
+    windows = check_load(counts)
+    if windows.ndim != 3:
+        raise PlacementError(f"counts have shape {windows.shape}; give [windows, layers, experts]")
+    config = config or ReconcileConfig()
+    fake = FakeFleet(fleet, windows.shape[1], windows.shape[2])
+    mind = Reconciler(config=config)
+    report = Report()
+    _settle(mind, fake, 0.0, np.inf, None, 0.0)  # start-up: placed and loaded before any traffic
+    fake.loaded_bytes, fake.loading_s = 0, {}
+    spare = {g.id: g for g in fleet.groups}
+    counted: Floats | None = None
+    for w, window in enumerate(windows):
+        now = w * window_s
+        for event in events:
+            if event.window == w:
+                _happen(fake, event, spare, report)
+        # the plan knows the windows before this one; what it loads is there after a while
+        _settle(mind, fake, now, now, counted, window_s)
+        early = _serve(fake, window, batches)
+        loading = max([end - now for end in fake.ends.values()], default=0.0)
+        _settle(mind, fake, now, now + window_s, None, 0.0)
+        late = _serve(fake, window, batches)
+        part = min(loading / window_s, 1.0)
+        report.ideal_s.append(float(window.sum()) / float(fake.fleet.pair_rate.sum()))
+        report.busy_s.append(part * early[0] + (1 - part) * late[0])
+        report.missing.append(int(part * early[1] + (1 - part) * late[1]))
+        report.stall_s.append(max(fake.loading_s.values(), default=0.0) * config.plan.move_cost)
+        report.loaded_bytes.append(fake.loaded_bytes)
+        report.replicas.append(int(fake.ready.sum()))
+        fake.loaded_bytes, fake.loading_s = 0, {}
+        counted = window
+    report.epochs = fake.table.epoch if fake.table else 0
+    report.events += list(mind.events)
+    return report
+
+
+def _settle(
+    mind: Reconciler,
+    fake: FakeFleet,
+    now: float,
+    until: float,
+    counts: Floats | None,
+    window_s: float,
+) -> None:
+    """Let the reconciler act, and simulated time go on, until nothing more happens or `until`."""
+    for _ in range(100_000):
+        actions = mind.step(fake.snapshot(counts, window_s), now)
+        counts, window_s = None, 0.0
+        fake.execute(actions, now)
+        if actions:
+            continue
+        end = fake.next_end()
+        if end is None or end > until:
+            break
+        now = max(now, end)
+        fake.advance(now)
+    else:
+        raise PlacementError("the reconciler did not come to rest; please report this plan")
+    if np.isfinite(until):
+        fake.advance(until)
+
+
+def _happen(fake: FakeFleet, event: Event, spare: dict[str, Any], report: Report) -> None:
+    if event.kind != "join" and event.group not in fake.fleet.ids:
+        raise PlacementError(f"event names the group {event.group!r}, which is not in the fleet")
+    if event.kind == "lose":
+        fake.lose(event.group)
+    elif event.kind == "drain":
+        fake.draining = fake.draining | {event.group}
+    elif event.kind == "slow":
+        fake.slow(event.group, event.value)
+    elif event.group in spare and event.group not in fake.fleet.ids:
+        fake.join(spare[event.group])
+    else:
+        raise PlacementError(f"group {event.group!r} cannot join: it must be one that was lost")
+    report.events.append(f"window {event.window}: {event.kind} {event.group}")
+
+
+def _serve(fake: FakeFleet, window: Floats, batches: int) -> tuple[float, int]:
+    """Seconds of one window under the published table, and pairs without a ready replica.
+
+    A pair without one is counted as computed by the slowest group (a cold copy).
+    """
+    fleet, table = fake.fleet, fake.table
+    rate = fleet.pair_rate
+    if table is None or table.group_ids != fleet.ids:
+        return float(window.sum()) / float(rate.min()), int(window.sum())
+    split = TableSplit(table)
+    lost = no_host(table.resident)
+    missing = int(window[lost].sum())
+    busy = 0.0
+    for layer, part in enumerate(np.where(lost, 0.0, window) / batches):
+        tokens = np.floor(part + 0.5).astype(np.int64)
+        cut = split.split(layer, tokens)
+        active = (cut > 0).sum(0)
+        busy += float((fleet.alpha_s + cut.sum(0) / rate + fleet.gamma_s * active).max()) * batches
+    return busy + missing / float(rate.min()), missing
