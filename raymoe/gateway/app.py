@@ -16,6 +16,8 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from pydantic import BaseModel
+from pydantic.json_schema import JsonSchemaMode, models_json_schema
 from starlette.exceptions import HTTPException
 
 from raymoe.errors import RaymoeError, RequestError
@@ -31,6 +33,7 @@ from raymoe.gateway.schemas import ChatBody, CompletionBody, DetokenizeBody, Tok
 from raymoe.gateway.tokenizer import GatewayTokenizer
 
 log = logging.getLogger(__name__)
+_SCHEMAS = "#/components/schemas/"
 _CLIENT_CLOSED = 499  # nobody sees it but our metrics
 Placement = Callable[[], Mapping[str, Any] | Awaitable[Mapping[str, Any]]]
 MoreMetrics = Callable[[], str | Awaitable[str]]
@@ -159,6 +162,7 @@ def create_app(
         return JSONResponse(await _maybe_await(placement()))
 
     _answer_errors(app, metrics)
+    _describe_bodies(app)
     return app
 
 
@@ -233,7 +237,25 @@ async def _maybe_await(value: Any) -> Any:
     return await value if inspect.isawaitable(value) else value
 
 
-def _body(model: type[Any]) -> dict[str, Any]:
-    """The body's schema for /openapi.json; it is read by hand to answer errors our way."""
-    schema = model.model_json_schema()
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+def _body(model: type[BaseModel]) -> dict[str, Any]:
+    """The route's body in /openapi.json; it is read by hand, to answer errors our way."""
+    reference = {"$ref": f"{_SCHEMAS}{model.__name__}"}
+    return {
+        "requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}
+    }
+
+
+def _describe_bodies(app: FastAPI) -> None:
+    """Puts the schemas that `_body` refers to into /openapi.json."""
+    models: list[tuple[type[BaseModel], JsonSchemaMode]] = [
+        (model, "validation") for model in (CompletionBody, ChatBody, TokenizeBody, DetokenizeBody)
+    ]
+    _, definitions = models_json_schema(models, ref_template=_SCHEMAS + "{model}")
+    plain = app.openapi
+
+    def described() -> dict[str, Any]:
+        schema = plain()
+        schema.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
+        return schema
+
+    app.openapi = described  # type: ignore[method-assign]
