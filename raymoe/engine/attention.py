@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from raymoe.engine.batch import Bucket, Reach, Segment, StepBatch
-from raymoe.engine.kv import KVCache, LayerKV
+from raymoe.engine.batch import ShelfRows, StepBatch
+from raymoe.engine.kv import KVCache, LayerKV, Side
+from raymoe.engine.tables import EVERYTHING, Reach, Segment
 
 ATTENTION = "raymoe_packed"
 """Our name in transformers' registry of attention functions."""
@@ -113,35 +114,55 @@ class PackedStep:
 
     def attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
         batch, layer = self._batch, self._cache.layers[module]
+        heads = layer.shape.heads
         reach = Reach(call.window, self._chunks[module])
         value = layer.padded(call.value)
-        layer.write(batch.pool_rows, call.key[0].transpose(0, 1), value[0].transpose(0, 1))
-        buckets = batch.buckets(reach, layer.shape.token_bytes)
-        segments = batch.segments(reach)
-        query = call.query[0]  # [H, N, D_k]
-        if len(buckets) == 1 and not segments:
-            out = _decode(layer, buckets[0], query, call)
-        else:
-            out = query.new_empty(query.shape[1], query.shape[0], value.shape[-1])
-            for bucket in buckets:
-                rows = query[:, bucket.first : bucket.last]
-                out[bucket.first : bucket.last] = _decode(layer, bucket, rows, call)
-            for segment in segments:
-                out[segment.first : segment.last] = _prefill(layer, segment, call, value)
+        new_keys, new_values = call.key[0].transpose(0, 1), value[0].transpose(0, 1)  # [N, H_kv, D]
+        rows = batch.pool_rows(heads)
+        layer.keys.write(rows, new_keys)
+        layer.values.write(rows, new_values)
+        query = call.query[0].transpose(0, 1)  # [N, H, D_k]
+        parts = []
+        if reach == EVERYTHING:
+            for shelf in batch.shelf_rows(heads):
+                span = slice(shelf.first, shelf.last)
+                keys = _lanes(layer.keys, shelf, new_keys[span])
+                values = _lanes(layer.values, shelf, new_values[span])
+                parts.append(_decode(query[span], keys, values, shelf.mask, call))
+        for bucket in batch.buckets(reach, layer.shape):
+            count, seen = bucket.last - bucket.first, slice(bucket.start, bucket.stop)
+            keys = layer.keys.gather(bucket.table, count)[:, :, seen]
+            values = layer.values.gather(bucket.table, count)[:, :, seen]
+            parts.append(
+                _decode(query[bucket.first : bucket.last], keys, values, bucket.mask, call)
+            )
+        for segment in batch.segments(reach, heads):
+            parts.append(_prefill(layer, segment, call, value))
+        out = parts[0] if len(parts) == 1 else torch.cat(parts)  # [N, H, stored value width]
         return out[..., : layer.shape.value_dim]
 
 
-def _decode(layer: LayerKV, bucket: Bucket, query: Tensor, call: AttentionCall) -> Tensor:
-    """Queries [H, B, D_k], one a sequence -> [B, H, stored value width]."""
-    heads, rows, width = query.shape
-    key, value = layer.gather(bucket.table, rows)  # [B, keys, H_kv, D]
-    key = key[:, bucket.start : bucket.stop].transpose(1, 2)
-    value = value[:, bucket.start : bucket.stop].transpose(1, 2)
-    shared = layer.shape.heads
+def _lanes(side: Side, shelf: ShelfRows, new: Tensor) -> Tensor:
+    """A shelf's keys or values with new [B, H_kv, D] written -> [B, H_kv, keys, D]."""
+    lanes = side.lanes(shelf.shelf)
+    for lane, table, tokens in shelf.fills:
+        lanes[lane, :, :tokens] = side.gather(table, 1)[0, :, :tokens]
+        lanes[lane, :, tokens:] = 0  # whatever was there must not reach this sequence
+    width = new.shape[-1]
+    lanes.view(-1, width).index_copy_(0, shelf.rows, new.reshape(-1, width))
+    return lanes[: len(new), :, : shelf.keys]
+
+
+def _decode(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, call: AttentionCall
+) -> Tensor:
+    """Queries [B, H, D_k], one a sequence, over [B, H_kv, keys, D] -> [B, H, D]."""
+    rows, heads, width = query.shape
+    shared = keys.shape[1]
     # The g query heads of a key head stand as g queries of it: no copy of keys or values.
-    folded = query.transpose(0, 1).reshape(rows, shared, heads // shared, width)
+    folded = query.reshape(rows, shared, heads // shared, width)
     sinks = None if call.sinks is None else call.sinks.view(1, shared, -1)
-    out = attend(folded, key, value, call, causal=False, mask=bucket.mask, sinks=sinks)
+    out = attend(folded, keys, values, call, causal=False, mask=mask, sinks=sinks)
     return out.reshape(rows, heads, -1)
 
 
@@ -154,9 +175,8 @@ def _prefill(layer: LayerKV, segment: Segment, call: AttentionCall, value: Tenso
         keys = call.key[0, :, segment.first : segment.last]
         values = value[0, :, segment.first : segment.last]
     else:
-        key, gathered = layer.gather(segment.table, 1)
-        keys = key[0, : segment.stop].transpose(0, 1)
-        values = gathered[0, : segment.stop].transpose(0, 1)
+        keys = layer.keys.gather(segment.table, 1)[0, :, : segment.stop]
+        values = layer.values.gather(segment.table, 1)[0, :, : segment.stop]
     group = heads // shared
     folded = query.reshape(shared, group, rows, width)
     # A stride of 0 over the g heads: the kernel reads strides, nothing is copied.

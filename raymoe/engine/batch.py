@@ -1,181 +1,168 @@
-"""The index tensors of one step, computed once and used by every layer."""
+"""The index tensors of one step, computed once and used by every layer of the same kind."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
+from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from raymoe.engine.kv import KVShape
+from raymoe.engine.lanes import Shelf
 from raymoe.engine.sequence import Sequence
-
-SPLIT_BYTES = 192 << 10
-"""A bucket is closed when padding its rows would copy more than this per layer: what one more
-gather + attention call costs (35 us on the development machine, benchmarks/engine.py)."""
+from raymoe.engine.tables import (
+    EVERYTHING,
+    Bucket,
+    Reach,
+    Segment,
+    additive,
+    buckets_of,
+    by_head,
+    segment_of,
+)
 
 Chunks = list[tuple[Sequence, int]]
 """(sequence, tokens) in packed order: decode rows (one token each) first, then prefill."""
 
 
-class Reach(NamedTuple):
-    """How far back a layer looks: everything, the last `window` tokens, or its own `chunk`."""
-
-    window: int | None = None
-    chunk: int | None = None
-
-    def first(self, position: int) -> int:
-        """The first position that a token at `position` sees."""
-        if self.chunk is not None:
-            return position // self.chunk * self.chunk
-        return 0 if self.window is None else max(0, position - self.window + 1)
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Bucket:
-    """Decode rows first..last-1, of about equal length, attended in one call.
+class ShelfRows:
+    """Decode rows first..last-1, which are lanes 0.. of a shelf, attended in one call.
 
-    table: int64 [rows * blocks]; start, stop: the keys to use of the gathered ones;
-    mask: additive float [rows, 1, 1, stop - start], None when every key counts.
+    rows: int64 [rows * H_kv], where the new keys go in the shelf's flattened lanes; keys: how many
+    each row may see at most; mask: additive [rows, 1, 1, keys] or None; fills: (lane, its (block,
+    head) pairs, tokens) of lanes to be filled.
     """
 
+    shelf: Shelf
     first: int
     last: int
-    table: Tensor
-    start: int
-    stop: int
+    rows: Tensor
+    keys: int
     mask: Tensor | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Segment:
-    """One prefill chunk: packed rows first..last-1, at positions from `start`.
-
-    table: int64 [blocks] covering what the chunk sees, None when that is only itself.
-    mask: additive float [rows, keys], None for plain causal.
-    """
-
-    first: int
-    last: int
-    table: Tensor | None
-    stop: int
-    mask: Tensor | None
+    fills: list[tuple[int, Tensor, int]]
 
 
 class StepBatch:
-    """N packed tokens. Decode rows in falling order of length make the fewest buckets."""
+    """N packed tokens: first the members of `shelves`, then other decode rows, then prefill."""
 
-    def __init__(self, chunks: Chunks, block_tokens: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        chunks: Chunks,
+        block_tokens: int,
+        device: torch.device,
+        shelves: Rows[Shelf] = (),
+    ) -> None:
         self._device = device
         self._block_tokens = block_tokens
         self._chunks = chunks
+        self._shelves = shelves
         leading = takewhile(lambda chunk: chunk[1] == 1 and chunk[0].computed, chunks)
         self._decode = [one for one, _ in leading]
+        self._laned = sum(len(shelf.members) for shelf in shelves)
+        assert self._decode[: self._laned] == [one for shelf in shelves for one in shelf.members]
         ids: list[int] = []
         positions: list[int] = []
-        rows: list[int] = []
-        for sequence, tokens in self._chunks:
+        blocks: list[int] = []
+        for sequence, tokens in chunks:
             start = sequence.computed
             span = range(start, start + tokens)
             ids += sequence.tokens[start : start + tokens]
             positions += span
-            blocks = sequence.blocks
-            rows += [blocks[p // block_tokens] * block_tokens + p % block_tokens for p in span]
+            own = sequence.blocks
+            blocks += [own[position // block_tokens] for position in span]
         self.decode_rows = len(self._decode)
         self.tokens = len(ids)
-        packed = torch.tensor([ids, positions, rows], dtype=torch.int64, device=device)
+        packed = torch.tensor([ids, positions], dtype=torch.int64, device=device)
         self.input_ids = packed[:1]  # [1, N]
-        self.position_ids = packed[1:2]  # [1, N]
-        self.pool_rows = packed[2]  # [N]
-        self._buckets: dict[tuple[Reach, int], list[Bucket]] = {}
-        self._segments: dict[Reach, list[Segment]] = {}
+        self.position_ids = packed[1:]  # [1, N]
+        self._block = np.array(blocks)[:, None]  # [N, 1]
+        self._offset = np.array(positions)[:, None] % block_tokens
+        self._made: dict[Hashable, Any] = {}
 
-    def buckets(self, reach: Reach, token_bytes: int) -> list[Bucket]:
-        """The decode rows' buckets, for a layer of this reach that stores `token_bytes` a token."""
-        found = self._buckets.get((reach, token_bytes))
+    def _once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        found = self._made.get(key)
         if found is None:
-            found = self._buckets[reach, token_bytes] = self._cut(reach, token_bytes)
+            found = self._made[key] = make()
         return found
 
-    def segments(self, reach: Reach) -> list[Segment]:
+    def pool_rows(self, heads: int) -> Tensor:
+        """Where each (token, head) goes in the pool, int64 [N * heads]."""
+
+        def make() -> Tensor:
+            rows = (self._block * heads + np.arange(heads)) * self._block_tokens + self._offset
+            return torch.from_numpy(rows.reshape(-1)).to(self._device)
+
+        rows: Tensor = self._once(("rows", heads), make)
+        return rows
+
+    def shelf_rows(self, heads: int) -> list[ShelfRows]:
+        """The rows that have lanes, for layers that see everything."""
+
+        def make() -> list[ShelfRows]:
+            found, row = [], 0
+            for shelf in self._shelves:
+                found.append(self._shelf_rows(shelf, row, heads))
+                row += len(shelf.members)
+            return found
+
+        rows: list[ShelfRows] = self._once(("shelves", heads), make)
+        return rows
+
+    def buckets(self, reach: Reach, shape: KVShape) -> list[Bucket]:
+        """The decode rows to gather, for a layer of this reach and shape."""
+
+        def make() -> list[Bucket]:
+            row = self._laned if reach == EVERYTHING else 0
+            return buckets_of(
+                self._decode[row:], row, reach, self._block_tokens, shape.heads,
+                shape.token_bytes, self._device,
+            )  # fmt: skip
+
+        found: list[Bucket] = self._once((reach, shape.heads, shape.token_bytes), make)
+        return found
+
+    def segments(self, reach: Reach, heads: int) -> list[Segment]:
         """The prefill chunks, for a layer of this reach."""
-        found = self._segments.get(reach)
-        if found is None:
+
+        def make() -> list[Segment]:
             found, row = [], self.decode_rows
-            for sequence, tokens in self._chunks[self.decode_rows :]:
-                found.append(self._segment(reach, sequence, row, tokens))
+            for one, tokens in self._chunks[self.decode_rows :]:
+                found.append(
+                    segment_of(one, tokens, row, reach, self._block_tokens, heads, self._device)
+                )
                 row += tokens
-            self._segments[reach] = found
+            return found
+
+        found: list[Segment] = self._once((reach, heads), make)
         return found
 
-    def _cut(self, reach: Reach, token_bytes: int) -> list[Bucket]:
-        size = self._block_tokens
-        spans = []  # (first block, blocks) of what each row sees
-        for one in self._decode:
-            first = reach.first(one.computed) // size
-            spans.append((first, one.computed // size + 1 - first))
-        waste_blocks = SPLIT_BYTES // (token_bytes * size)
-        found, begin, waste = [], 0, 0
-        for row, (_, blocks) in enumerate(spans):
-            waste += max(0, spans[begin][1] - blocks)
-            if waste > waste_blocks:
-                found.append(self._bucket(reach, spans, begin, row))
-                begin, waste = row, 0
-        if spans:
-            found.append(self._bucket(reach, spans, begin, len(spans)))
-        return found
-
-    def _bucket(self, reach: Reach, spans: list[tuple[int, int]], begin: int, end: int) -> Bucket:
-        size = self._block_tokens
-        width = max(blocks for _, blocks in spans[begin:end])
-        table = np.zeros((end - begin, width), dtype=np.int64)
-        low = np.zeros(end - begin, dtype=np.int64)  # keys low..high-1 of each row count
-        high = np.zeros(end - begin, dtype=np.int64)
-        for row in range(begin, end):
-            one, (first, blocks) = self._decode[row], spans[row]
-            table[row - begin, :blocks] = one.blocks[first : first + blocks]
-            low[row - begin] = reach.first(one.computed) - first * size
-            high[row - begin] = one.computed + 1 - first * size
-        start, stop = int(low.min()), int(high.max())
+    def _shelf_rows(self, shelf: Shelf, row: int, heads: int) -> ShelfRows:
+        members = shelf.members
+        counts = np.array([one.computed + 1 for one in members])  # keys of each
+        lane_heads = np.arange(len(members) * heads).reshape(-1, heads)
+        rows = lane_heads * shelf.capacity + (counts - 1)[:, None]
+        keys = int(counts.max())
         mask = None
-        if start != low.max() or stop != high.min():
-            keys = np.arange(start, stop)
-            hidden = (keys < low[:, None]) | (keys >= high[:, None])
-            mask = self._additive(hidden)[:, None, None]
-        return Bucket(
-            first=begin,
-            last=end,
-            table=torch.from_numpy(table.reshape(-1)).to(self._device),
-            start=start,
-            stop=stop,
-            mask=mask,
-        )
-
-    def _segment(self, reach: Reach, sequence: Sequence, row: int, tokens: int) -> Segment:
-        size = self._block_tokens
-        start = sequence.computed
-        end = start + tokens
-        queries = np.arange(start, end)
-        lows = np.array([reach.first(p) for p in (start, end - 1)])
-        if start == 0 and lows[1] == 0:
-            return Segment(first=row, last=row + tokens, table=None, stop=tokens, mask=None)
-        first = int(lows[0]) // size
-        keys = np.arange(first * size, end)
-        hidden = keys > queries[:, None]
-        if reach != Reach():
-            low = np.array([reach.first(p) for p in range(start, end)])
-            hidden |= keys < low[:, None]
-        table = sequence.blocks[first : -(-end // size)]
-        return Segment(
+        if counts.min() != keys:
+            mask = additive(np.arange(keys) >= counts[:, None], self._device)[:, None, None]
+        fills = []
+        for lane in sorted(shelf.fresh):
+            one = members[lane]
+            used = one.blocks[: one.computed // self._block_tokens + 1]
+            table = by_head(np.array([used], dtype=np.int64), heads, self._device)
+            fills.append((lane, table, one.computed + 1))
+        return ShelfRows(
+            shelf=shelf,
             first=row,
-            last=row + tokens,
-            table=torch.tensor(table, dtype=torch.int64, device=self._device),
-            stop=end - first * size,
-            mask=self._additive(hidden),
+            last=row + len(members),
+            rows=torch.from_numpy(rows.reshape(-1)).to(self._device),
+            keys=keys,
+            mask=mask,
+            fills=fills,
         )
-
-    def _additive(self, hidden: np.ndarray) -> Tensor:
-        mask = np.where(hidden, np.float32("-inf"), np.float32(0.0))
-        return torch.from_numpy(mask).to(self._device)

@@ -17,6 +17,7 @@ from raymoe.engine.blocks import BlockPool
 from raymoe.engine.config import EngineConfig
 from raymoe.engine.paged import block_count
 from raymoe.engine.probe import PROBE_IDS, silenced
+from raymoe.engine.scheduler import StepPlan
 from raymoe.engine.seam import Experts
 
 
@@ -44,6 +45,10 @@ class CachedModel:
         """Bytes of a cache after a prompt."""
         _, cache = self._run(None, 0, list(ids), 1)
         return sum(each.nbytes for each in _tensors(cache))
+
+    def order(self, plan: StepPlan) -> Chunks:
+        """The rows of a step."""
+        return [(one, 1) for one in plan.decode] + plan.prefill
 
     def forward(self, chunks: Chunks, rows: list[int]) -> Tensor:
         """Logits [R, V] of the given packed rows."""

@@ -12,6 +12,7 @@ class EngineConfig:
     """Frozen settings; impossible ones raise `ConfigError` at once."""
 
     kv_bytes: int = 1 << 28  # budget of the KV cache, in bytes
+    lanes_share: float = 0.25  # of kv_bytes, for copies that decode faster; 0 turns them off
     block_tokens: int = 16  # tokens of one KV block
     max_batch: int = 64  # requests that run at once
     chunk_tokens: int = 256  # prompt tokens prefilled in one step, over all requests
@@ -22,5 +23,7 @@ class EngineConfig:
         for name in ("kv_bytes", "block_tokens", "max_batch", "chunk_tokens", "max_waiting"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.lanes_share < 1:
+            raise ConfigError(f"lanes_share must be from 0 to below 1, not {self.lanes_share}")
         if self.max_context is not None and self.max_context < 2:
             raise ConfigError(f"max_context must be at least 2, not {self.max_context}")

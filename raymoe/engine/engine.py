@@ -27,7 +27,7 @@ from raymoe.engine.output import (
 )
 from raymoe.engine.paged import PagedModel
 from raymoe.engine.probe import stock_logits
-from raymoe.engine.scheduler import Scheduler
+from raymoe.engine.scheduler import Scheduler, StepPlan
 from raymoe.engine.seam import Experts
 from raymoe.engine.sequence import Sequence, start_sequence
 from raymoe.engine.stats import EngineStats
@@ -116,7 +116,7 @@ class Engine:
         begin = perf_counter()
         events = self._drain_inbox()
         plan = self._scheduler.plan()
-        chunks = plan.chunks()
+        chunks = self._model.order(plan)
         if not chunks:
             return events
         planned = perf_counter()
@@ -125,6 +125,7 @@ class Engine:
             try:
                 logits = self._model.forward(chunks, rows_of(found))
             except ExpertsUnavailable as error:
+                self._model.spoilt(chunks)
                 return events + [self._end(one, error=str(error)) for one, _ in chunks]
             except BaseException:
                 self._model.spoilt(chunks)
@@ -216,8 +217,12 @@ class Runnable(Protocol):
     token_bytes: int
     chunked_prefill: bool
 
+    def order(self, plan: StepPlan) -> Chunks:
+        """The plan's chunks in the order this model wants them."""
+        ...
+
     def forward(self, chunks: Chunks, rows: list[int]) -> Tensor:
-        """Logits [R, V] of the given packed rows."""
+        """Logits [R, V] of the given packed rows, for chunks ordered by `order`."""
         ...
 
     def spoilt(self, chunks: Chunks) -> None:

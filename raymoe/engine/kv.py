@@ -1,6 +1,7 @@
-"""The paged KV cache: one pool of blocks per attention layer, and the buffers to read it.
+"""The paged KV cache: per attention layer a pool of blocks, and lanes of decoding sequences.
 
-Letters: N packed tokens of a step, H_kv key/value heads, D_k and D_v their widths.
+Letters: N packed tokens of a step, H_kv key/value heads, D_k and D_v their widths. All memory is
+head by head, [.., H_kv, tokens, D]: attention reads it twice as fast as token by token.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from raymoe.engine.lanes import Shelf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +28,7 @@ class KVShape:
     @property
     def stored_value_dim(self) -> int:
         """Values are padded to the keys' width: torch's fast CPU attention wants both equal, and
-        without it MLA decodes 6 times slower (benchmarks/engine.py, 32 rows of 160 tokens)."""
+        without it MLA decodes 6 times slower (32 rows of 160 tokens)."""
         return max(self.key_dim, self.value_dim)
 
     @property
@@ -50,8 +53,61 @@ class Workspace:
         return buffer[:numbers]
 
 
+class Side:
+    """The keys, or the values, of one layer: its pool and its lanes."""
+
+    def __init__(
+        self,
+        name: str,
+        shape: tuple[int, int, int, int],
+        dtype: torch.dtype,
+        workspace: Workspace,
+        device: torch.device,
+    ) -> None:
+        """shape: blocks, heads, tokens of a block, width."""
+        blocks, self._heads, tokens, self._width = shape
+        self._name = name
+        self._workspace = workspace
+        pool = _zeros(blocks * self._heads * tokens, self._width, dtype, device)
+        self.blocks = pool.view(blocks, -1)
+        self._rows = pool
+        self._pairs = pool.view(blocks * self._heads, -1)  # (block, head) pairs
+        self._lanes: dict[int, Tensor] = {}
+
+    def write(self, rows: Tensor, new: Tensor) -> None:
+        """Store new [N, H_kv, D] at pool rows int64 [N * H_kv]."""
+        self._rows.index_copy_(0, rows, new.reshape(-1, self._width))
+
+    def gather(self, table: Tensor, sequences: int) -> Tensor:
+        """(block, head) pairs int64 [sequences * H_kv * n] -> [sequences, H_kv, n * tokens, D].
+
+        The result lies in the workspace: use it before the next gather of any layer.
+        """
+        size = self._pairs.shape[1]
+        out = self._workspace.take(self._name, len(table) * size, self._pairs.dtype)
+        torch.index_select(self._pairs, 0, table, out=out.view(-1, size))
+        return out.view(sequences, self._heads, -1, self._width)
+
+    def lanes(self, shelf: Shelf) -> Tensor:
+        """The lanes of a shelf, [rooms, H_kv, capacity, D], grown or shrunk to its rooms."""
+        found = self._lanes.get(shelf.capacity)
+        if found is None or len(found) != shelf.rooms:
+            size = (shelf.rooms, self._heads, shelf.capacity, self._width)
+            grown = torch.zeros(size, dtype=self._rows.dtype, device=self._rows.device)
+            if found is not None:
+                kept = min(len(found), shelf.rooms)
+                grown[:kept] = found[:kept]
+            found = self._lanes[shelf.capacity] = grown
+        return found
+
+    def keep_lanes(self, capacities: set[int]) -> None:
+        """Free the memory of all other shelves."""
+        for capacity in self._lanes.keys() - capacities:
+            del self._lanes[capacity]
+
+
 class LayerKV:
-    """Keys and values of one layer, `blocks` blocks of `block_tokens` tokens."""
+    """Keys and values of one layer."""
 
     def __init__(
         self,
@@ -62,51 +118,20 @@ class LayerKV:
         device: torch.device,
     ) -> None:
         self.shape = shape
-        self._block_tokens = block_tokens
-        self._workspace = workspace
-        rows = blocks * block_tokens
-        self._key_rows = _zeros(rows, shape.heads * shape.key_dim, shape.dtype, device)
-        self._value_rows = _zeros(rows, shape.heads * shape.stored_value_dim, shape.dtype, device)
-        self._key_blocks = self._key_rows.view(blocks, -1)
-        self._value_blocks = self._value_rows.view(blocks, -1)
         self._pad = shape.stored_value_dim - shape.value_dim
+        sizes = (blocks, shape.heads, block_tokens)
+        self.keys = Side("key", (*sizes, shape.key_dim), shape.dtype, workspace, device)
+        self.values = Side(
+            "value", (*sizes, shape.stored_value_dim), shape.dtype, workspace, device
+        )
 
     def padded(self, value: Tensor) -> Tensor:
         """[..., D_v] -> [..., stored_value_dim]."""
         return nn.functional.pad(value, (0, self._pad)) if self._pad else value
 
-    def write(self, rows: Tensor, key: Tensor, value: Tensor) -> None:
-        """Store N tokens at pool rows int64 [N]; key [N, H_kv, D_k], value [N, H_kv, stored]."""
-        self._key_rows.index_copy_(0, rows, key.reshape(len(rows), -1))
-        self._value_rows.index_copy_(0, rows, value.reshape(len(rows), -1))
-
-    def gather(self, table: Tensor, sequences: int) -> tuple[Tensor, Tensor]:
-        """Blocks int64 [sequences * n] -> keys, values [sequences, n * block_tokens, H_kv, D].
-
-        The result lies in the workspace: use it before the next gather of any layer.
-        """
-        return (
-            self._gather("key", self._key_blocks, table, sequences),
-            self._gather("value", self._value_blocks, table, sequences),
-        )
-
-    def _gather(self, name: str, pool: Tensor, table: Tensor, sequences: int) -> Tensor:
-        flat = self._workspace.take(name, len(table) * pool.shape[1], pool.dtype)
-        out = flat.view(len(table), pool.shape[1])
-        torch.index_select(pool, 0, table, out=out)
-        return out.view(sequences, -1, self.shape.heads, pool.shape[1] // self._per_head)
-
-    @property
-    def _per_head(self) -> int:
-        return self.shape.heads * self._block_tokens
-
-    def zero(self, blocks: Tensor) -> None:
-        self._key_blocks.index_fill_(0, blocks, 0)
-        self._value_blocks.index_fill_(0, blocks, 0)
-
 
 class KVCache:
-    """All layers' pools, keyed by the attention module that owns them."""
+    """All layers' pools and lanes, keyed by the attention module that owns them."""
 
     def __init__(
         self,
@@ -115,8 +140,8 @@ class KVCache:
         block_tokens: int,
         device: torch.device,
     ) -> None:
-        self.block_tokens = block_tokens
         self.device = device
+        self._capacities: set[int] = set()
         workspace = Workspace(device)
         self.layers = {
             module: LayerKV(shape, blocks, block_tokens, workspace, device)
@@ -131,7 +156,17 @@ class KVCache:
         """
         index = torch.tensor(blocks, dtype=torch.int64, device=self.device)
         for layer in self.layers.values():
-            layer.zero(index)
+            layer.keys.blocks.index_fill_(0, index, 0)
+            layer.values.blocks.index_fill_(0, index, 0)
+
+    def keep_lanes(self, shelves: Sequence[Shelf]) -> None:
+        """Free the memory of shelves that are gone."""
+        capacities = {shelf.capacity for shelf in shelves}
+        if not self._capacities <= capacities:
+            for layer in self.layers.values():
+                layer.keys.keep_lanes(capacities)
+                layer.values.keep_lanes(capacities)
+        self._capacities = capacities
 
 
 def token_bytes(shapes: Mapping[nn.Module, KVShape]) -> int:

@@ -12,9 +12,12 @@ from raymoe.engine.batch import Chunks, StepBatch
 from raymoe.engine.blocks import BlockPool
 from raymoe.engine.config import EngineConfig
 from raymoe.engine.kv import KVCache, token_bytes
+from raymoe.engine.lanes import Lanes, Shelf
 from raymoe.engine.probe import PROBE_IDS, probe, silenced
+from raymoe.engine.scheduler import StepPlan
 from raymoe.engine.seam import Experts
 from raymoe.engine.sequence import Sequence, start_sequence
+from raymoe.engine.tables import SPLIT_BYTES
 from raymoe.errors import ConfigError
 from raymoe.requests import GenerationRequest, SamplingParams
 
@@ -38,9 +41,27 @@ class PagedModel:
         self.token_bytes = token_bytes(shapes)
         self._attention_chunks = {module: chunk_of(module) for module in shapes}
         self.pool = BlockPool(
-            block_count(config, self.token_bytes * config.block_tokens), config.block_tokens
+            block_count(
+                config, int(self.token_bytes * config.block_tokens / (1 - config.lanes_share))
+            ),
+            config.block_tokens,
         )
+        widest = max(shape.token_bytes for shape in shapes.values())
+        self._lanes = Lanes(
+            budget_tokens=int(config.kv_bytes * config.lanes_share) // self.token_bytes,
+            split_tokens=SPLIT_BYTES // widest,
+        )
+        self._shelves: list[Shelf] = []
         self._cache = KVCache(shapes, self.pool.blocks, config.block_tokens, self._device)
+
+    def order(self, plan: StepPlan) -> Chunks:
+        """The rows of a step: lanes first, shelf by shelf, then the longest, then prefill."""
+        decode = sorted(plan.decode, key=lambda one: -len(one.tokens))
+        self._shelves = self._lanes.place(decode)
+        laned = [one for shelf in self._shelves for one in shelf.members]
+        known = set(laned)
+        rest = [one for one in decode if one not in known]
+        return [(one, 1) for one in laned + rest] + plan.prefill
 
     def forward(self, chunks: Chunks, rows: list[int]) -> Tensor:
         """Logits [R, V] of the given packed rows; decode rows come first in `chunks`.
@@ -50,7 +71,8 @@ class PagedModel:
         fresh = self.pool.drain_fresh()
         if fresh:
             self._cache.zero(fresh)
-        batch = StepBatch(chunks, self.pool.block_tokens, self._device)
+        self._cache.keep_lanes(self._shelves)
+        batch = StepBatch(chunks, self.pool.block_tokens, self._device, self._shelves)
         keep: int | Tensor = 0  # all
         if len(rows) < batch.tokens:
             keep = torch.tensor(rows, dtype=torch.int64, device=self._device)
@@ -83,7 +105,8 @@ class PagedModel:
         return bool(differ <= AGREE_WITHIN * truth.abs().max())
 
     def spoilt(self, chunks: Chunks) -> None:
-        """A forward was cut short: nothing to undo."""
+        """A forward was cut short, with lanes filled in some layers only; blocks are right."""
+        self._lanes.clear()
 
 
 def block_count(config: EngineConfig, block_bytes: int) -> int:

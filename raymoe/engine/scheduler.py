@@ -12,18 +12,13 @@ from raymoe.engine.sequence import Sequence
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepPlan:
-    """Rows of one step: every decode row first, then (sequence, tokens) chunks of prefill."""
+    """Rows of one step: decode rows of one token each, and (sequence, tokens) chunks of prefill."""
 
     decode: list[Sequence]
     prefill: list[tuple[Sequence, int]]
 
     def __bool__(self) -> bool:
         return bool(self.decode or self.prefill)
-
-    def chunks(self) -> list[tuple[Sequence, int]]:
-        """All (sequence, tokens) in row order: decode rows first, the longest first of all."""
-        decode = sorted(self.decode, key=lambda one: -len(one.tokens))
-        return [(one, 1) for one in decode] + self.prefill
 
 
 class Scheduler:

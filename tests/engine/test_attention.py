@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from raymoe.engine import batch as batch_module
+from raymoe.engine import tables
 from raymoe.engine.attention import AttentionCall, PackedStep, _attend_plain, attend
-from raymoe.engine.batch import Reach, StepBatch
+from raymoe.engine.batch import StepBatch
 from raymoe.engine.blocks import BlockPool
 from raymoe.engine.kv import KVCache, KVShape
+from raymoe.engine.lanes import Lanes, Shelf
 from raymoe.engine.sequence import Sequence, start_sequence
+from raymoe.engine.tables import Reach
 from tests.engine.support import request
 
 H = 4
@@ -41,12 +43,14 @@ def truth_of(
 @pytest.mark.parametrize("heads_kv", [1, 2, 4])
 @pytest.mark.parametrize("widths", [(8, 8), (8, 6), (6, 8)], ids=str)
 @pytest.mark.parametrize("sinks", [False, True])
-@pytest.mark.parametrize("split", [0, 1 << 30])
+@pytest.mark.parametrize(
+    ("split", "budget"), [(0, 0), (1 << 30, 0), (0, 100_000), (1 << 30, 100_000), (0, 1000)]
+)
 def test_ragged_steps_equal_whole_sequences(
-    reach: Reach, heads_kv: int, widths: tuple[int, int], sinks: bool, split: int,
+    reach: Reach, heads_kv: int, widths: tuple[int, int], sinks: bool, split: int, budget: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(batch_module, "SPLIT_BYTES", split)  # a bucket a length, or one for all
+    monkeypatch.setattr(tables, "SPLIT_BYTES", split)  # a bucket a length, or one for all
     torch.manual_seed(0)
     lengths = (3, 17, 9, 30)
     queries = [torch.randn(n, H, widths[0]) for n in lengths]
@@ -57,6 +61,7 @@ def test_ragged_steps_equal_whole_sequences(
     module = nn.Module()
     shape = KVShape(heads=heads_kv, key_dim=widths[0], value_dim=widths[1], dtype=torch.float32)
     pool = BlockPool(64, 4)
+    lanes = Lanes(budget_tokens=budget, split_tokens=split // 64)
     cache = KVCache({module: shape}, 64, 4, torch.device("cpu"))
     sequences = [start_sequence(request(str(n), (0,) * n), n) for n in lengths]
     # Whole, in pieces, and token by token, together in steps.
@@ -65,11 +70,20 @@ def test_ragged_steps_equal_whole_sequences(
         chunks = [
             (one, pieces[at][step]) for at, one in enumerate(sequences) if step < len(pieces[at])
         ]
-        chunks.sort(key=lambda chunk: not (chunk[1] == 1 and chunk[0].computed))
+        decode = [one for one, tokens in chunks if tokens == 1 and one.computed]
+        shelves = lanes.place(decode)
+        laned = [one for shelf in shelves for one in shelf.members]
+        chunks = (
+            [(one, 1) for one in laned]
+            + [(one, 1) for one in decode if one not in laned]
+            + [(one, tokens) for one, tokens in chunks if one not in decode]
+        )
         for one, tokens in chunks:
             need = pool.blocks_of(one.computed + tokens) - len(one.blocks)
             one.blocks += pool.take(need)
-        found = attended(cache, module, chunks, sequences, queries, keys, values, sink, reach)
+        found = attended(
+            cache, module, shelves, chunks, sequences, queries, keys, values, sink, reach
+        )
         row = 0
         for one, tokens in chunks:
             at = sequences.index(one)
@@ -81,7 +95,7 @@ def test_ragged_steps_equal_whole_sequences(
 
 
 def attended(
-    cache: KVCache, module: nn.Module, chunks: list[tuple[Sequence, int]],
+    cache: KVCache, module: nn.Module, shelves: list[Shelf], chunks: list[tuple[Sequence, int]],
     sequences: list[Sequence], queries: list[Tensor], keys: list[Tensor], values: list[Tensor],
     sinks: Tensor | None, reach: Reach,
 ) -> Tensor:  # fmt: skip
@@ -93,7 +107,7 @@ def attended(
 
     options: dict[str, Any] = {"sliding_window": reach.window, "s_aux": sinks}
     call = AttentionCall(packed(queries), packed(keys), packed(values), None, options)
-    batch = StepBatch(chunks, 4, torch.device("cpu"))
+    batch = StepBatch(chunks, 4, torch.device("cpu"), shelves)
     return PackedStep(cache, batch, {module: reach.chunk}).attend(module, call)
 
 

@@ -5,47 +5,62 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import pytest
 import torch
 
 from raymoe.engine.engine import Engine
 from raymoe.engine.paged import PagedModel
+from raymoe.engine.sequence import Sequence
 from tests.engine.support import Outcome, finish, prompt, request, run, stock_engine
 
 
-def poison(engine: Engine, keep: list[int]) -> None:
-    """Make every block but those in `keep` (and the padding block) not-a-number."""
+def poison(engine: Engine, owner: Sequence | None) -> None:
+    """Make not-a-number of all blocks and lanes but those of `owner` (and the padding block)."""
     paged = engine._model
     assert isinstance(paged, PagedModel)
+    keep = owner.blocks if owner is not None else []
     others = [block for block in range(1, engine.pool.blocks) if block not in keep]
+    homes = {
+        (shelf.capacity, lane)
+        for shelf in paged._shelves
+        for lane, member in enumerate(shelf.members)
+        if member is owner
+    }
     for layer in paged._cache.layers.values():
-        layer._key_blocks[others] = torch.nan
-        layer._value_blocks[others] = torch.nan
+        for side in (layer.keys, layer.values):
+            side.blocks[others] = torch.nan
+            for capacity, lanes in side._lanes.items():
+                for lane in range(len(lanes)):
+                    if (capacity, lane) not in homes:
+                        lanes[lane] = torch.nan
 
 
-def test_only_its_own_blocks_are_read() -> None:
-    requests = [request(name, prompt(11, ord(name)), max_tokens=12) for name in "ab"]
-    engine = stock_engine()
+@pytest.mark.parametrize("lanes_share", [0.0, 0.3])
+def test_only_its_own_memory_is_read(lanes_share: float) -> None:
+    requests = [request(name, prompt(11, ord(name)), max_tokens=12) for name in "abc"]
+    engine = stock_engine(lanes_share=lanes_share)
     expected = run(engine, requests)
-    outcomes = {name: Outcome() for name in "ab"}
-    for each in requests:
-        engine.add(each)
-    step = 0
-    while engine.has_work:
-        for event in engine.step():
-            outcomes[event.request_id].take(event)
-        sequence = engine._sequences.get("a")
-        step += 1
-        if sequence is not None and step > 2:
-            poison(engine, keep=sequence.blocks)
-    assert outcomes["a"].tokens == expected["a"].tokens
-    assert outcomes["b"].tokens != expected["b"].tokens  # so the poison does harm its reader
+    for reader in "abc":
+        outcomes = {name: Outcome() for name in "abc"}
+        for each in requests:
+            engine.add(each)
+        step = 0
+        while engine.has_work:
+            for event in engine.step():
+                outcomes[event.request_id].take(event)
+            step += 1
+            if step > 3 and engine.has_work:
+                poison(engine, engine._sequences.get(reader))
+        for name in "abc":
+            # The poison does harm those that it is meant for.
+            assert (outcomes[name].tokens == expected[name].tokens) == (name == reader)
 
 
 def test_freed_blocks_are_clean_for_their_next_owner() -> None:
     each = request("a", prompt(11), max_tokens=12)
     engine = stock_engine()
     expected = run(engine, [each])["a"].tokens
-    poison(engine, keep=[])
+    poison(engine, None)
     assert run(engine, [each])["a"].tokens == expected
 
 

@@ -50,12 +50,20 @@ def test_a_request_whose_last_token_was_lost_on_the_way_just_ends(
     assert (by_stop.tokens, by_stop.finish) == ([], "stop")
 
 
+SCARCE: list[dict[str, Any]] = [
+    {"kv_bytes": 40_000, "lanes_share": 0.0},
+    {"kv_bytes": 1_340_000, "lanes_share": 0.97},
+]
+"""13 blocks of 4 tokens each, without lanes and with."""
+
+
+@pytest.mark.parametrize("config", SCARCE, ids=["gathered", "lanes"])
 @pytest.mark.parametrize("kind", ["greedy", "filters", "penalties"])
-def test_preempted_requests_give_the_same_tokens(kind: str) -> None:
+def test_preempted_requests_give_the_same_tokens(kind: str, config: dict[str, Any]) -> None:
     fields = {**KINDS[kind], "max_tokens": 30}
     requests = [request(str(n), prompt(6 + n, n), **fields) for n in range(4)]
     plenty = stock_engine()
-    scarce = stock_engine(kv_bytes=40_000)
+    scarce = stock_engine(**config)
     assert scarce.pool.capacity_tokens < 4 * 36
     expected = run(plenty, requests)
     found = run(scarce, requests)
@@ -67,7 +75,7 @@ def test_preempted_requests_give_the_same_tokens(kind: str) -> None:
 
 
 def test_prompt_logprobs_survive_a_preemption() -> None:
-    scarce = stock_engine(kv_bytes=40_000)
+    scarce = stock_engine(**SCARCE[0])
     requests = [request(str(n), prompt(20, n), max_tokens=14, prompt_logprobs=1) for n in range(3)]
     found = run(scarce, requests)
     assert scarce.preemptions > 0

@@ -23,14 +23,18 @@ def scheduler(
 
 def commit(plan: StepPlan) -> None:
     """What the engine does after a forward: every complete sequence gets a token."""
-    for one, tokens in plan.chunks():
+    for one, tokens in chunks(plan):
         one.computed += tokens
         if one.pending == 0:
             one.tokens.append(0)
 
 
+def chunks(plan: StepPlan) -> list[tuple[Sequence, int]]:
+    return [(one, 1) for one in plan.decode] + plan.prefill
+
+
 def rows(plan: StepPlan) -> list[tuple[int, int]]:
-    return [(one.arrival, tokens) for one, tokens in plan.chunks()]
+    return [(one.arrival, tokens) for one, tokens in chunks(plan)]
 
 
 def test_a_prompt_is_cut_to_the_chunk_budget() -> None:
@@ -79,14 +83,6 @@ def test_planning_twice_gives_the_same_rows() -> None:
     used = under.pool.used
     assert rows(under.plan()) == first
     assert under.pool.used == used
-
-
-def test_longest_decode_row_comes_first() -> None:
-    under = scheduler(chunk=None)
-    for arrival, tokens in enumerate((3, 20, 9)):
-        under.add(make(tokens, arrival))
-    commit(under.plan())
-    assert rows(under.plan()) == [(1, 1), (2, 1), (0, 1)]
 
 
 def test_the_youngest_makes_room() -> None:
@@ -149,9 +145,9 @@ def test_everything_ends_and_blocks_are_never_shared(
         held = [block for one in under.running for block in one.blocks]
         assert len(held) == len(set(held)) == under.pool.used
         assert 0 not in held
-        for one, tokens in plan.chunks():
+        for one, tokens in chunks(plan):
             assert len(one.blocks) * 4 >= one.computed + tokens
-        assert len({id(one) for one, _ in plan.chunks()}) == len(plan.chunks())
+        assert len({id(one) for one, _ in chunks(plan)}) == len(chunks(plan))
         commit(plan)
         for one in [one for one in under.running if len(one.tokens) >= wanted[one]]:
             under.remove(one)
