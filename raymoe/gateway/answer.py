@@ -93,7 +93,12 @@ class Answer:
             if choice.finish is not None:
                 continue  # it ended at a stop string; this was on its way
             if event.finish == "error":
-                raise ApiError(503, event.error or "the router failed", code="generation_failed")
+                raise ApiError(
+                    503,
+                    event.error or "the router failed",
+                    code="generation_failed",
+                    retry_after_s=1,
+                )
             self._metrics.generation_tokens.add(len(event.token_ids))
             delta = choice.take(event)
             if delta.finish is not None:

@@ -36,7 +36,11 @@ class Backend(Protocol):
         """Whether a request could be answered now."""
 
     @property
-    def in_flight(self) -> int: ...
+    def in_flight(self) -> int:
+        """Choices being generated."""
+
+    @property
+    def max_in_flight(self) -> int: ...
 
     @property
     def resubmitted(self) -> int:

@@ -88,6 +88,7 @@ class RouterPool:
         self._model_known = asyncio.Event()
         self._poller: asyncio.Task[None] | None = None
         self._picks = 0
+        self._asking = 0  # requests that wait for the first router
 
     # -- Backend -------------------------------------------------------------------------------
 
@@ -98,6 +99,10 @@ class RouterPool:
     @property
     def in_flight(self) -> int:
         return len(self._open) + len(self._waiting)
+
+    @property
+    def max_in_flight(self) -> int:
+        return self.config.max_in_flight
 
     def routers(self) -> list[RouterState]:
         return [
@@ -122,20 +127,25 @@ class RouterPool:
 
     async def model_info(self) -> ModelInfo:
         if self._model is None:
+            self._asking += 1
             try:
+                self.admit(0)
                 async with asyncio.timeout(self.config.router_wait_s):
                     await self._model_known.wait()
             except TimeoutError:
                 raise RouterUnavailable(
                     f"no router was found within {self.config.router_wait_s:g} s"
                 ) from None
+            finally:
+                self._asking -= 1
         assert self._model is not None
         return self._model
 
     def admit(self, count: int) -> None:
-        if self.in_flight + count > self.config.max_in_flight:
+        open_requests = self.in_flight + self._asking
+        if open_requests + count > self.config.max_in_flight:
             raise Overloaded(
-                f"{self.in_flight} requests are in flight and at most "
+                f"{open_requests} requests are in flight and at most "
                 f"{self.config.max_in_flight} may be; try again later",
                 self.config.retry_after_s,
             )

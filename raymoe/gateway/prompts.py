@@ -23,6 +23,28 @@ from raymoe.stream.messages import ModelInfo
 _LONG_TEXT = 16_384  # characters; from here on encoding leaves the event loop
 
 
+# Parameters of the library's call, which are not the template's.
+_NOT_FOR_CLIENTS = frozenset(
+    [
+        "conversation",
+        "messages",
+        "tools",
+        "documents",
+        "chat_template",
+        "add_generation_prompt",
+        "continue_final_message",
+        "tokenize",
+        "padding",
+        "truncation",
+        "max_length",
+        "return_tensors",
+        "return_dict",
+        "return_assistant_tokens_mask",
+        "tokenizer_kwargs",
+    ]
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
     """One prompt of a request, checked, with what may be generated after it."""
@@ -73,7 +95,7 @@ def chat_text(body: ChatBody | TokenizeBody, tokenizer: GatewayTokenizer) -> str
         if body.tool_choice == "none":
             tools = None
         proceed = bool(body.continue_final_message)
-    reserved = {"messages", "tools", "conversation", "tokenize", "chat_template"} & set(arguments)
+    reserved = _NOT_FOR_CLIENTS & set(arguments)
     if reserved:
         raise RequestError(f"{min(reserved)!r} may not be given here", "chat_template_kwargs")
     assert body.messages is not None

@@ -47,6 +47,7 @@ class Serving:
 async def complete(serving: Serving, request: Request, body: CompletionBody) -> Response:
     """POST /v1/completions."""
     serving.check_model(body.model)
+    serving.backend.admit(1)  # before the work of encoding
     model = await serving.backend.model_info()
     prompts = await completion_prompts(body, model, serving.tokenizer)
     per_prompt = max(body.n or 1, body.best_of or 1)
@@ -77,12 +78,13 @@ async def complete(serving: Serving, request: Request, body: CompletionBody) -> 
         outputs.append(
             shape.output(index, text, None if logprobs is None else entries, choice.finish)
         )
-    return JSONResponse(shape.whole(outputs, _usage(answer)))
+    return JSONResponse(shape.whole(outputs, _usage(answer)), headers={"X-Request-Id": shape.id})
 
 
 async def chat(serving: Serving, request: Request, body: ChatBody) -> Response:
     """POST /v1/chat/completions."""
     serving.check_model(body.model)
+    serving.backend.admit(1)  # before the work of encoding
     model = await serving.backend.model_info()
     prompts = [await chat_prompt(body, model, serving.tokenizer)]
     shape = Shape("chat", serving.model_name, serving.tokenizer)
@@ -107,7 +109,7 @@ async def chat(serving: Serving, request: Request, body: ChatBody) -> Response:
         outputs.append(
             shape.output(choice.index, text, None if logprobs is None else entries, choice.finish)
         )
-    return JSONResponse(shape.whole(outputs, _usage(answer)))
+    return JSONResponse(shape.whole(outputs, _usage(answer)), headers={"X-Request-Id": shape.id})
 
 
 def _choices(
@@ -122,11 +124,12 @@ def _choices(
     prompt_logprobs: int | None,
 ) -> list[Choice]:
     count = len(prompts) * per_prompt
-    if count > serving.max_choices:
+    most = min(serving.max_choices, serving.backend.max_in_flight)
+    if count > most:
         raise ApiError(
             400,
             f"{len(prompts)} prompts with {per_prompt} outputs each are {count}; "
-            f"at most {serving.max_choices} are allowed in one request",
+            f"at most {most} are allowed in one request",
             "prompt" if len(prompts) > 1 else "n",
             "invalid_value",
         )
@@ -194,7 +197,7 @@ async def _stream(
         text, entries = echo.before(choice, "", [])
         return writer.raw_text(choice.index, text, entries if echo.with_logprobs else None)
 
-    return EventStream(answer, first, writer, opening)
+    return EventStream(answer, first, writer, opening, shape.id)
 
 
 class _Echo:

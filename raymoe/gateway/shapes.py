@@ -192,4 +192,4 @@ def _top(entry: TokenEntry, tokenizer: GatewayTokenizer) -> dict[str, float] | N
 
 def _finite(logprob: float) -> float:
     """JSON has no infinity; OpenAI writes -9999 for "practically never"."""
-    return max(logprob, -9999.0)
+    return logprob if logprob > -9999.0 else -9999.0

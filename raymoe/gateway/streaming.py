@@ -23,9 +23,22 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, answer: Answer, first: Batch, writer: ChunkWriter, opening: Opening) -> None:
+    def __init__(
+        self,
+        answer: Answer,
+        first: Batch,
+        writer: ChunkWriter,
+        opening: Opening,
+        request_id: str,
+    ) -> None:
         """opening: what goes before a choice's first chunk (a chat's role, an echoed prompt)."""
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        super().__init__(
+            headers={
+                "Cache-Control": "no-cache",
+                "X-Accel-Buffering": "no",  # proxies are not to hold chunks back
+                "X-Request-Id": request_id,
+            }
+        )
         del self.headers["content-length"]
         self._answer = answer
         self._first = first

@@ -26,7 +26,10 @@ class GatewayTokenizer:
         if self._backend is not None:  # a tokenizer.json may ask for either
             self._backend.no_truncation()
             self._backend.no_padding()
-        self.special_ids = frozenset(int(i) for i in hf_tokenizer.all_special_ids)
+        added = hf_tokenizer.added_tokens_decoder
+        self.special_ids = frozenset(map(int, hf_tokenizer.all_special_ids)) | {
+            int(token_id) for token_id, token in added.items() if token.special
+        }
         self._table = self._byte_table()
 
     @classmethod

@@ -14,7 +14,8 @@ class GatewayPeer:
     """Reads belong to the server's thread; `send` may be called from any.
 
     `send` tries the socket at once, so that a token leaves from the engine's own thread without a
-    switch; what the kernel does not take waits in `outgoing`, at most `max_pending_bytes` of it.
+    switch; what the kernel does not take waits in `outgoing`. A frame that finds more than
+    `max_pending_bytes` waiting breaks the connection, so that one large frame always passes.
     """
 
     def __init__(
@@ -47,12 +48,13 @@ class GatewayPeer:
         with self._lock:
             if self._broken is not None:
                 return False
+            if self._pending_bytes > self._max_pending_bytes:
+                self._broken = f"{self._pending_bytes} bytes unread: too slow"
+                return False
             self._outgoing.append(memoryview(frame))
             self._pending_bytes += len(frame)
             if len(self._outgoing) == 1:
                 self._flush()
-            if self._pending_bytes > self._max_pending_bytes:
-                self._broken = f"{self._pending_bytes} bytes unread: too slow"
             return self._pending_bytes == 0 and self._broken is None
 
     def flush(self) -> None:

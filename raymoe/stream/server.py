@@ -139,8 +139,8 @@ class StreamServer:
         needs_thread = False
         for peer, own in events_of_peer.items():
             peer.last_sent = time.monotonic()
-            tokens = Tokens(events=tuple(own), load=self._load_for(peer))
-            needs_thread |= not peer.send(encode(tokens))
+            for frame_of_step in _frames(own, self._load_for(peer)):
+                needs_thread |= not peer.send(frame_of_step)
         if needs_thread:
             self._wake()
 
@@ -346,3 +346,15 @@ class StreamServer:
             self._wake_out.send(b"w")
         except (BlockingIOError, OSError):  # it is awake already, or gone
             pass
+
+
+def _frames(events: Sequence[TokenEvent], load: Load) -> list[bytes]:
+    """One frame; more when the log probabilities of long prompts do not fit into one."""
+    try:
+        return [encode(Tokens(events=tuple(events), load=load))]
+    except FrameError as error:
+        if len(events) > 1:
+            half = len(events) // 2
+            return _frames(events[:half], load) + _frames(events[half:], load)
+        failed = TokenEvent(request_id=events[0].request_id, finish="error", error=str(error))
+        return [encode(Tokens(events=(failed,), load=load))]

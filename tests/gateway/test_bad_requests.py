@@ -164,6 +164,7 @@ CHATS: list[tuple[str, dict[str, Any]]] = [
     ("reasoning_effort", {"reasoning_effort": "extreme"}),
     ("chat_template", {"chat_template": "{{ messages }}"}),
     ("chat_template_kwargs", {"chat_template_kwargs": {"tokenize": True}}),
+    ("chat_template_kwargs", {"chat_template_kwargs": {"add_generation_prompt": False}}),
     ("continue_final_message", {"continue_final_message": True, "add_generation_prompt": True}),
     ("response_format", {"response_format": {"type": "json_object"}}),
     ("best_of", {"best_of": 2}),

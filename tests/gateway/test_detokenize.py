@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from raymoe.gateway.detokenize import ByteDetokenizer, WindowDetokenizer, byte_alphabet
@@ -111,6 +111,18 @@ def test_special_tokens_have_no_text_unless_asked_for() -> None:
     assert TINY.decode(ids) == "ab"
     assert TINY.decode(ids, skip_special_tokens=False) == "a<|end|>b"
     assert SP.decode((1, *SP.encode("world"), 2)) == "world"
+
+
+def test_tokens_marked_special_count_even_outside_the_map() -> None:
+    tokenizer = Tokenizer(models.BPE(byte_alphabet(), []))
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens(
+        [AddedToken("<think>", special=False), AddedToken("｜x▁y｜", special=True)]
+    )
+    ours = GatewayTokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+    ids = (65, 256, 257, 66)
+    assert ours.decode(ids) == "A<think>B" == whole(ours, ids)
+    assert ours.decode(ids, skip_special_tokens=False) == "A<think>｜x▁y｜B"
 
 
 def test_an_output_keeps_the_space_after_its_prompt() -> None:

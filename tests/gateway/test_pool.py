@@ -316,6 +316,9 @@ def test_a_queue_that_is_full_answers_429() -> None:
                 assert answer.headers["retry-after"] == "7"
                 assert answer.json()["error"]["type"] == "rate_limit_error"
                 assert pool.in_flight == 2
+                answer = await http.post("/v1/completions", json={**body, "n": 4})
+                assert answer.status_code == 400  # it never could be taken
+                assert answer.json()["error"]["param"] == "n"
                 with pytest.raises(Overloaded):
                     pool.admit(2)
                 routers[0].pause(False)

@@ -366,3 +366,41 @@ def _raw(server: StreamServer, shake: bool = True) -> Iterator[socket.socket]:
         if shake:
             shake_socket(sock, Initiator(IDENTITY, "gateway", SECRET))
         yield sock
+
+
+def test_a_step_too_large_for_a_frame_is_sent_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Log probabilities of long prompts; what fits no frame at all ends with an error."""
+    monkeypatch.setattr("raymoe.stream.frames.MAX_FRAME_BYTES", 3000)
+
+    async def talk(server: StreamServer, engine: Engine) -> None:
+        gateway = await Gateway().connect(server)
+        assert gateway.client is not None
+        for name in "abc":
+            gateway.client.submit(request(name))
+        await until(lambda: len(engine.submitted) == 3)
+        small = [TokenEvent(request_id=name, token_ids=(1000,) * 600) for name in "ab"]
+        server.publish([*small, TokenEvent(request_id="c", token_ids=(1000,) * 2000)])
+        await until(lambda: len(gateway.events) == 3)
+        assert gateway.events[:2] == small
+        assert gateway.events[2].finish == "error"
+        assert "at most 3000" in str(gateway.events[2].error)
+
+    with serving() as (server, engine):
+        asyncio.run(talk(server, engine))
+
+
+def test_one_frame_above_the_limit_of_unread_bytes_passes() -> None:
+    config = StreamConfig(max_pending_bytes=1000, heartbeat_s=0.05)
+    with serving(config) as (server, engine):
+
+        async def talk() -> None:
+            gateway = await Gateway().connect(server)
+            assert gateway.client is not None
+            gateway.client.submit(request("a"))
+            await until(lambda: engine.submitted)
+            large = TokenEvent(request_id="a", token_ids=tuple(range(500_000)))
+            server.publish([large])
+            await until(lambda: gateway.events)
+            assert gateway.events == [large]
+
+        asyncio.run(talk())
