@@ -8,10 +8,10 @@ import os
 import secrets
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import ray
@@ -20,15 +20,17 @@ from ray import serve
 from actors.controller import ensure_controller, find_controller
 from actors.local import LocalRay, check_port_free
 from raymoe.config import DeploymentConfig, read_secret
-from raymoe.errors import ConfigError, RaymoeError
+from raymoe.errors import ConfigError
 
 MIB = 1 << 20
 _POLL_S = 0.2
 _STOP_GRACE_S = 5.0
+_STEP_S = 10.0  # for the step of a start that is under way when it is to stop
+_OWN_STEP_S = 1.0
 
 
-class _Stopped(BaseException):
-    """A signal arrived. Not an `Exception`: no library may swallow it."""
+class _Stopped(Exception):
+    """A signal arrived while the deployment was coming up."""
 
 
 def launch(
@@ -40,33 +42,96 @@ def launch(
     was started by then is gone.
     """
     check_port_free(config.gateway.host, config.gateway.port)
-    started = time.monotonic()
-    local: LocalRay | None = None
-    with _signals_stop():
-        try:
-            _say(f"raymoe: {summary}")
-            if config.ray.address is None:
-                local = LocalRay(config.ray)
-                config = _with_secret(config, local.folder)
-                _say("starting Ray on this machine")
-                local.start(*_logical_resources(config))
-            else:
-                read_secret(config)
-                _say(f"joining the Ray cluster at {config.ray.address}")
-                ray.init(address=config.ray.address, log_to_driver=False, logging_level="ERROR")
-            controller = ensure_controller(config, spec_json)
-            _deploy(config, build, spec_json)
-            _follow(controller, config)
-            _announce(config, time.monotonic() - started)
-            while True:
-                signal.pause()
-        except _Stopped:
-            _say("stopping")
-        finally:
-            with _signals_ignored():
-                _take_down(config, local)
+    stop = threading.Event()
+    _say(f"raymoe: {summary}")
+    bringing_up = _BringUp(config, spec_json, build, stop)
+    bringing_up.start()
+    try:
+        while not stop.is_set():
+            # Again and again: Ray's core puts its own handler for SIGTERM in place whenever it is
+            # initialised, and that one aborts the process.
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(signum, lambda *_: stop.set())
+            stop.wait(_POLL_S)
+            if bringing_up.failed is not None:
+                raise bringing_up.failed
+    finally:
+        _say("stopping")
+        bringing_up.take_down()
     _say("stopped")
     return 0
+
+
+class _BringUp(threading.Thread):
+    """Starts everything, step by step, in a thread of its own.
+
+    Ray's calls must not be broken off by a signal in their middle, and nobody waits
+    long for the end of a step that hangs.
+    """
+
+    def __init__(
+        self,
+        config: DeploymentConfig,
+        spec_json: str,
+        build: Callable[..., Any],
+        stop: threading.Event,
+    ) -> None:
+        super().__init__(name="bring-up", daemon=True)
+        self._config, self._spec_json, self._build, self._stop = config, spec_json, build, stop
+        self._local: LocalRay | None = None
+        self._through = threading.Event()
+        self._taken_down = threading.Event()
+        self.failed: Exception | None = None
+
+    def run(self) -> None:
+        started = time.monotonic()
+        try:
+            self._start_ray()
+            self._check()
+            controller = ensure_controller(self._config, self._spec_json)
+            self._check()
+            _deploy(self._config, self._build, self._spec_json)
+            _follow(controller, self._config, self._check)
+            _announce(self._config, time.monotonic() - started)
+        except _Stopped:
+            pass
+        except Exception as e:
+            self.failed = e
+        finally:
+            self._through.set()
+            # Ray has its processes die with the thread that started them: stay.
+            self._taken_down.wait()
+
+    def take_down(self) -> None:
+        """Ends what was started.
+
+        A Ray of our own that is still coming up is not asked: its processes are ended. In a
+        cluster that is not ours the step under way is waited for, so that it can be undone.
+        """
+        self._stop.set()
+        finished = self._through.wait(_STEP_S if self._local is None else _OWN_STEP_S)
+        if self._local is not None and not finished:
+            self._local.kill()
+            _say("stopped")
+            sys.stdout.flush()
+            os._exit(0)  # the broken step still runs in its thread, and may wait for long
+        _take_down(self._config, self._local)
+        self._taken_down.set()
+
+    def _check(self) -> None:
+        if self._stop.is_set():
+            raise _Stopped
+
+    def _start_ray(self) -> None:
+        if self._config.ray.address is None:
+            self._local = LocalRay(self._config.ray)
+            self._config = _with_secret(self._config, self._local.folder)
+            _say("starting Ray on this machine")
+            self._local.start(*_logical_resources(self._config))
+        else:
+            read_secret(self._config)
+            _say(f"joining the Ray cluster at {self._config.ray.address}")
+            ray.init(address=self._config.ray.address, log_to_driver=False, logging_level="ERROR")
 
 
 def _deploy(config: DeploymentConfig, build: Callable[..., Any], spec_json: str) -> None:
@@ -84,11 +149,12 @@ def _deploy(config: DeploymentConfig, build: Callable[..., Any], spec_json: str)
         )
 
 
-def _follow(controller: Any, config: DeploymentConfig) -> None:
+def _follow(controller: Any, config: DeploymentConfig, check: Callable[[], None]) -> None:
     """Waits until the deployment can answer; raises the controller's reason when it cannot."""
     deadline = time.monotonic() + config.placement.load_timeout_s
     shown = ""
     while True:
+        check()
         progress = ray.get(controller.progress.remote())
         if progress["failed"]:
             raise ConfigError(progress["failed"])
@@ -181,29 +247,6 @@ def _logical_resources(config: DeploymentConfig) -> tuple[float, float, dict[str
 
 
 @contextlib.contextmanager
-def _signals_stop() -> Iterator[None]:
-    def stop(signum: int, frame: FrameType | None) -> None:
-        raise _Stopped(signum)
-
-    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-
-@contextlib.contextmanager
-def _signals_ignored() -> Iterator[None]:
-    before = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-
-@contextlib.contextmanager
 def _quiet_serve() -> Iterator[None]:
     """Ray Serve logs a dozen lines a start through its own logger; ours say enough."""
     logger = logging.getLogger("ray.serve")
@@ -217,9 +260,3 @@ def _quiet_serve() -> Iterator[None]:
 
 def _say(line: str) -> None:
     print(line, flush=True)
-
-
-def fail(error: RaymoeError) -> int:
-    """Prints one clear sentence to standard error; the exit status."""
-    print(f"raymoe: {error}", file=sys.stderr, flush=True)
-    return 2

@@ -65,6 +65,19 @@ class LocalRay:
         _end(tree, patience_s)
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def kill(self, quiet_s: float = 0.7) -> None:
+        """SIGKILLs every process below this one, until none has come up for `quiet_s`.
+
+        For a start that is broken off: its thread may still be starting processes.
+        """
+        quiet_since = time.monotonic()
+        while time.monotonic() - quiet_since < quiet_s:
+            if _descendants():
+                _end([], 0.0)
+                quiet_since = time.monotonic()
+            time.sleep(0.05)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
 
 def _environment(folder: Path) -> dict[str, str]:
     """Variables Ray and Serve read when they start; what the user has set wins."""
