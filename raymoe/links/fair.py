@@ -104,20 +104,20 @@ class FairQueue(Generic[W]):
         self._decode: _RoundRobin[W] = _RoundRobin(fairness.quantum_pairs)
         self._prefill: _RoundRobin[W] = _RoundRobin(fairness.quantum_pairs)
         self._aged_last = False
-        self._count = 0
+        self.count = 0  # requests waiting
         self._single: W | None = None  # the usual case: one waits, nothing to choose
         self.pairs = 0  # waiting altogether
         self.experts = 0
 
     def __len__(self) -> int:
-        return self._count
+        return self.count
 
     def push(self, item: W) -> None:
         """Append a request to its link's queue."""
-        self._count += 1
+        self.count += 1
         self.pairs += item.call.pairs
         self.experts += item.call.experts
-        if self._count == 1:
+        if self.count == 1:
             self._single = item
             return
         if self._single is not None:
@@ -134,7 +134,7 @@ class FairQueue(Generic[W]):
         if self._single is not None:
             first, self._single = self._single, None
             taken = [first]
-        elif not self._count:
+        elif not self.count:
             return []
         else:
             ring = self._choose(now_s)
@@ -157,7 +157,7 @@ class FairQueue(Generic[W]):
         return self._prefill if self._aged_last else self._decode
 
     def _forget(self, item: W) -> None:
-        self._count -= 1
+        self.count -= 1
         self.pairs -= item.call.pairs
         self.experts -= item.call.experts
 

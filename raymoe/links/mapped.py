@@ -103,11 +103,12 @@ class MappedServerLink(ServerLink):
     ) -> None:
         super().__init__(sock, peer, wire, cut_regions(memory, terms))
         self._in = bytearray(HEADER_BYTES + 1)
+        self._recv_into = sock.recv_into
 
     def on_ready(self, events: int) -> Waiting | None:
         """Read one header."""
         try:
-            got = self.sock.recv_into(self._in)
+            got = self._recv_into(self._in)
         except BlockingIOError:
             return None
         if got == 0:

@@ -129,37 +129,27 @@ class Server:
 
     def poll(self, timeout_s: float) -> list[Request]:
         """The next request(s), chosen fairly; [] after `timeout_s`, wake() or stop()."""
-        deadline = None
-        spin_until = 0.0
+        queue, spin_s = self._queue, self.config.spin_s
         self._polling = True
         try:
-            wait = 0.0  # look first, so that what waits in sockets is chosen among too
-            while not self._stopped.is_set():
-                try:
-                    events = self._epoll.poll(wait)
-                except ValueError:  # closed by stop()
-                    return []
+            now = time.monotonic()
+            deadline, spin_until = now + timeout_s, now + min(spin_s, timeout_s)
+            wait = 0.0 if spin_s or queue.count or self._woken else timeout_s
+            while not self._stopped.is_set():  # stop() waits for us before it closes the epoll
+                events = self._epoll.poll(wait)
                 with self._lock:
                     if self._stopped.is_set():
-                        return []
-                    if events:
-                        self._handle(events)
-                    chosen = self._queue.pop(time.monotonic()) if len(self._queue) else None
-                    woken = self._woken
-                    if not chosen:
+                        break
+                    self._handle(events)
+                    now = time.monotonic()
+                    chosen = queue.pop(now) if queue.count else []
+                    if not chosen and self._woken:
                         self._woken = False
-                if chosen:
-                    requests = [r for item in chosen if (r := self._checked(item)) is not None]
-                    if requests:
-                        return requests
-                    continue
-                now = time.monotonic()
-                if deadline is None:
-                    deadline = now + timeout_s
-                    spin_until = now + min(self.config.spin_s, timeout_s)
-                if woken or now >= deadline:
-                    return []
-                wait = 0.0 if now < spin_until else deadline - now
+                        return []
+                requests = [r for item in chosen if (r := self._checked(item)) is not None]
+                if requests or now >= deadline:
+                    return requests
+                wait = 0.0 if queue.count or now < spin_until else deadline - now
             return []
         finally:
             self._polling = False
@@ -267,7 +257,7 @@ class Server:
                 events = self._epoll.poll(0)
                 with self._lock:
                     self._handle(events)
-                    if self._polling and (self._woken or len(self._queue)):
+                    if self._polling and (self._woken or self._queue.count):
                         os.eventfd_write(self._wake_fd, 1)  # we took what poll() waits for
             self._look_after()
 

@@ -137,10 +137,11 @@ class SlotBook:
         """Put a request into the book and its header into `_out`; its payload's bytes."""
         if self._lost is not None:
             raise self._lost
-        size = self.wire.request_bytes(call)
-        if size > self._request_limit or self.wire.reply_bytes(call) > self._reply_limit:
+        wire = self.wire
+        size = wire.request_bytes(call)
+        if size > self._request_limit or wire.reply_bytes(call) > self._reply_limit:
             raise FrameError(
-                f"{call} takes {size} bytes and {self.wire.reply_bytes(call)} for the reply; "
+                f"{call} takes {size} bytes and {wire.reply_bytes(call)} for the reply; "
                 f"slots hold {self._request_limit} and {self._reply_limit}"
             )
         if slot.seq >= 0:
