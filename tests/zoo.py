@@ -176,6 +176,18 @@ REQUIRED = tuple(FAMILIES)[: tuple(FAMILIES).index("dbrx") + 1]
 """The families promised; each has a parity test."""
 
 
+UNUSUAL = (
+    "nemotron_h",  # no gate projection, relu squared
+    "deepseek_v4",  # limited gate and up
+    "gemma4_text",  # gelu
+    "longcat_flash",  # identity experts
+    "aria_text",  # stored [in, out]
+    "mistral4",  # fused on disk; not in transformers' auto map
+    "qwen3_next",  # layers with a recurrent state
+)
+"""Besides the promised families: those whose experts or layers differ from all of them."""
+
+
 def config_of(family: str, **changes: Any) -> Any:
     """The family's tiny config."""
     kind: Any = transformers.CONFIG_MAPPING[family]

@@ -7,7 +7,6 @@ MoE layer calls `experts` instead.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,14 +61,14 @@ def load_dense(
 
     # The class keeps its base's name and module: transformers looks up conversions by the name, and
     # the module's source to see whether the experts implementation can be set.
-    ignored = [*(base._keys_to_ignore_on_load_unexpected or []), *map(re.escape, spec.layer_names)]
     dense: Any = type(
         base.__name__,
         (base,),
         {
             "__init__": construct,
             "__module__": base.__module__,
-            "_keys_to_ignore_on_load_unexpected": ignored,
+            # Experts, and perhaps an image part; what the dense part needs shows in missing_keys.
+            "_keys_to_ignore_on_load_unexpected": ["."],
         },
     )
     extra = {} if attention is None else {"attn_implementation": attention}

@@ -36,9 +36,27 @@ def load_config(path: Path) -> Any:
     except (ValueError, KeyError, OSError, TypeError) as error:
         sentence = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise CheckpointError(f"the config of {path} cannot be used: {sentence}") from None
+    config = _text_config(config)
     if hasattr(config, "quantization_config"):  # undone by us, expert by expert (`quantized`)
         del config.quantization_config
     return config
+
+
+def _text_config(config: Any) -> Any:
+    """The language model's part of a config with an image part, where transformers can cut it out.
+
+    Published Llama 4 checkpoints, for one, have such a part. Raises CheckpointError where not.
+    """
+    text = config.get_text_config()
+    if text is config or getattr(model_class(config), "config_class", None) is type(config):
+        part = next((n for n in ("vision_config", "audio_config") if hasattr(config, n)), None)
+        if part and getattr(config, part) is not None:
+            raise CheckpointError(
+                f"family {config.model_type!r} has an image or audio part that its language model "
+                "cannot be cut from"
+            )
+        return config
+    return text
 
 
 def model_class(config: Any) -> type[nn.Module]:

@@ -2,9 +2,10 @@
 
 A product of a few rows with a wide `[in, out]` matrix walks memory in strides of a whole row, and
 the BLAS spends its time on page walks and packing. Cut into contiguous panels `[n, in, w]`, one
-`torch.bmm` does all panels of a matrix. Measured on one AVX-512 core against `torch.mm`, at 4, 8
-and 16 rows: 1.2, 1.4, 1.7 times as fast for [1024, 2048]; 1.5, 2.7, 1.5 for [256, 512]; nothing
-at one row, and slower where a matrix has no more than 256 columns (`benchmarks/kernels.py`).
+`torch.bmm` does all panels of a matrix. Measured on one AVX-512 core against the plain kernel, a
+whole message, D x F 1024 x 1024 and 2048 x 768: 1.2-1.3 times as fast at 4 tokens an expert,
+1.3-1.5 at 8, 16 and 64; 0.95 at one; slower for matrices of at most 256 columns
+(`benchmarks/kernels.py`).
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from raymoe.checkpoint.dense import load_dense
-from raymoe.checkpoint.families import experts_modules, model_class
+from raymoe.checkpoint.families import experts_modules, load_config, model_class
 from raymoe.checkpoint.reader import read_spec
 from raymoe.checkpoint.record import load_expert
 from raymoe.checkpoint.spec import ModelSpec
@@ -97,10 +97,9 @@ def compare(path: Path, tokens: int = 8, prompts: int = 2) -> Parity:
 
 
 def stock_model(path: Path) -> nn.Module:
-    from transformers import AutoConfig
-
-    kind: Any = model_class(AutoConfig.from_pretrained(path))
-    model: nn.Module = kind.from_pretrained(path, dtype=torch.float32).eval()
+    config = load_config(path)
+    kind: Any = model_class(config)
+    model: nn.Module = kind.from_pretrained(path, config=config, dtype=torch.float32).eval()
     return model
 
 

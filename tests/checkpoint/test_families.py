@@ -6,24 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from raymoe.checkpoint.dense import load_dense
 from raymoe.checkpoint.families import attention_kind, without_weights
 from raymoe.checkpoint.reader import read_spec
 from raymoe.errors import CheckpointError
 from tests.checkpoint.parity import LOGITS_WITHIN, TwoShards, compare, greedy
-from tests.zoo import REQUIRED, config_of, tiny_checkpoint
-
-UNUSUAL = (
-    "nemotron_h",  # no gate projection, relu squared
-    "deepseek_v4",  # limited gate and up
-    "gemma4_text",  # gelu
-    "longcat_flash",  # identity experts
-    "aria_text",  # stored [in, out]
-    "mistral4",  # fused on disk; not in transformers' auto map
-    "qwen3_next",  # layers with a recurrent state
-)
-"""Besides the promised families: those whose experts or layers differ from all of them."""
+from tests.zoo import REQUIRED, UNUSUAL, config_of, tiny_checkpoint
 
 
 @pytest.mark.parity
@@ -60,6 +50,34 @@ def test_rows_mode_gives_the_same_logits_as_partial_sums(family: str, checkpoint
     rows, row_logits = greedy(load_dense(spec, TwoShards(spec, rows=True)), ids, 4)
     assert torch.equal(sums, rows)
     torch.testing.assert_close(sum_logits, row_logits, rtol=0, atol=LOGITS_WITHIN)
+
+
+IMAGE_PART = {
+    "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64,
+    "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32,
+    "image_size": 28, "patch_size": 14,
+}  # fmt: skip
+
+
+@pytest.mark.parity
+def test_language_model_is_cut_out_of_llama4_with_its_image_part(tmp_path: Path) -> None:
+    text = config_of("llama4_text").to_dict()
+    config = transformers.Llama4Config(text_config=text, vision_config=IMAGE_PART)
+    model = transformers.Llama4ForConditionalGeneration(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.05)
+    model.save_pretrained(tmp_path)
+    found = compare(tmp_path, tokens=4)
+    assert found.spec.family == "llama4_text"
+    assert found.experts_equal and found.tokens_equal
+    assert found.logits_differ_by <= LOGITS_WITHIN
+
+
+def test_family_whose_language_model_cannot_be_cut_out_is_refused(tmp_path: Path) -> None:
+    transformers.Qwen3VLMoeConfig().save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="qwen3_vl_moe"):
+        read_spec(tmp_path)
 
 
 @pytest.mark.parametrize("family", ["jetmoe", "doge"])
