@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping
 
 from raymoe.errors import LinkError
@@ -11,6 +12,8 @@ from raymoe.links.link import Link
 from raymoe.table import GroupEndpoint
 
 log = logging.getLogger(__name__)
+
+_FLAP_S = 1.0
 
 Dial = Callable[[GroupEndpoint], Link]
 
@@ -35,6 +38,7 @@ class Dialer:
         self._wanted: Mapping[str, GroupEndpoint] = {}
         self._threads: dict[str, threading.Thread] = {}
         self._changed = threading.Condition(self._lock)
+        self._reached: dict[str, tuple[float, float]] = {}  # when, and the pause after
         self._closed = False
 
     def want(self, groups: Mapping[str, GroupEndpoint]) -> None:
@@ -67,12 +71,14 @@ class Dialer:
         pause_s = self._first_pause_s
         while True:
             with self._lock:
+                self._sit_out(group_id)
                 target = self._wanted.get(group_id)
                 if target is None:
                     del self._threads[group_id]
                     return
             link = self._try(target)
             if link is not None:
+                self._note_reached(group_id)
                 self._connected(target, link)  # which says anew what is wanted
                 pause_s = self._first_pause_s
                 continue
@@ -80,6 +86,25 @@ class Dialer:
                 if self._wanted.get(group_id) is target:
                     self._changed.wait(pause_s)
                     pause_s = min(pause_s * 2, self._longest_pause_s)
+
+    def _note_reached(self, group_id: str) -> None:
+        """A group reached twice within a second flaps: pauses before the next time grow."""
+        now = time.monotonic()
+        with self._lock:
+            before = self._reached.get(group_id)
+            pause_s = self._first_pause_s
+            if before is not None and now - before[0] < before[1] + _FLAP_S:
+                pause_s = min(before[1] * 2, self._longest_pause_s)
+            self._reached[group_id] = (now, pause_s)
+
+    def _sit_out(self, group_id: str) -> None:
+        """Wait, with the lock released meanwhile, until the pause since it was reached is over."""
+        while group_id in self._wanted and group_id in self._reached:
+            at_s, pause_s = self._reached[group_id]
+            left_s = at_s + pause_s - time.monotonic()
+            if left_s <= 0:
+                return
+            self._changed.wait(left_s)
 
     def _try(self, target: GroupEndpoint) -> Link | None:
         try:

@@ -42,8 +42,8 @@ from raymoe.table import GroupEndpoint, RoutingTable
 
 log = logging.getLogger(__name__)
 
-_RETRY_S = 0.05  # a pair without a live replica is tried again so often
-_HOUSEKEEPING_S = 0.1
+_HOUSEKEEPING_S = 0.05
+_IDLE_PING_S = 5.0  # groups close links that are silent for long
 _now = time.monotonic
 _clock = time.perf_counter
 
@@ -67,6 +67,7 @@ class ExpertClient:
         self.stats = ClientStats()
         self._mode = PARTIAL if self.config.mode == "partial" else ROWS
         self._lock = threading.Lock()
+        self._building = threading.Lock()  # taken before _lock, by whoever makes new routes
         self._routes: Routes | None = None
         self._wanted: RoutingTable | None = None
         self._connections: dict[str, Connection] = {}  # live, by group id
@@ -121,7 +122,8 @@ class ExpertClient:
                     del self._connections[group_id]
                     connection.retiring = True
                     self._retiring.append(connection)
-            self._rebuild()
+        self._rebuild()
+        with self._lock:
             self._close_retired()
         return True
 
@@ -227,7 +229,9 @@ class ExpertClient:
     ) -> None:
         """Cut and send. `group_of_pair` [P] may hold -1: those pairs stay homeless."""
         expert_of_pair = batch.expert_of_pair if pairs is None else batch.expert_of_pair[pairs]
-        if np.minimum.reduce(group_of_pair) < 0:
+        # a first attempt in a complete layer has a group for every pair; a retry may have none
+        known = pairs is None and routes.complete[batch.layer]
+        if not known and np.minimum.reduce(group_of_pair) < 0:
             placed = group_of_pair >= 0
             numbers = np.arange(len(placed)) if pairs is None else pairs
             batch.homeless.append(numbers[~placed])
@@ -270,14 +274,17 @@ class ExpertClient:
         to.token_of_pair[:] = token_of_pair
         if to.weights is not None:
             batch.weights.take(pairs, 0, to.weights, "clip")
-        # mode="clip": with "raise" numpy gathers into a buffer first
-        batch.x.take(tokens, 0, to.x, "clip")
+        if len(tokens) == batch.tokens:  # a plain copy: 200 us against 330 for 512 x 2048
+            np.copyto(to.x, batch.x)
+        else:  # mode="clip": with "raise" numpy gathers into a buffer first
+            batch.x.take(tokens, 0, to.x, "clip")
         patience = connection.patience
         connection.pairs_out += len(pairs)
-        deadline_s = _now() + patience.limit_s(
+        now = _now()
+        deadline_s = now + patience.limit_s(
             connection.pairs_out + connection.queued_pairs, len(connection.attempts) + 1
         )
-        connection.attempts[slot.index] = Attempt(batch, message, deadline_s)
+        connection.attempts[slot.index] = Attempt(batch, message, now, deadline_s)
         if deadline_s < batch.deadline_s:
             batch.deadline_s = deadline_s
         try:
@@ -317,7 +324,7 @@ class ExpertClient:
             self._send_to(batch, routes, groups, pairs)
             if (groups >= 0).all():
                 return
-            batch.routes, batch.retry_s = routes, now + _RETRY_S
+            batch.routes, batch.retry_s = routes, now + self.config.retry_s
             if batch.stalled_s is None:
                 batch.stalled_s = now
             elif now - batch.stalled_s > self.config.stall_limit_s:
@@ -402,17 +409,24 @@ class ExpertClient:
     # --- losing ----------------------------------------------------------------------------
 
     def _strike(self, batch: Batch) -> None:
-        """Deadlines: a group that let one pass counts as hung, and its link as lost."""
+        """A deadline has passed. A group that has answered others since is slow, and gets more
+        time; one that has not counts as hung, and its link as lost."""
         now = _now()
         batch.deadline_s = float("inf")
         for connection in [*self._connections.values(), *self._retiring]:
-            first_s = connection.first_deadline_s()
-            if first_s <= now:
+            if connection.first_deadline_s() <= now:
                 connection.patience.struck()
-                self.stats.deadlines += 1
-                self._lose(connection, "no answer within its deadline")
-            else:
-                batch.deadline_s = min(batch.deadline_s, first_s)
+                if connection.progressing(now, self.config.stall_limit_s):
+                    self.stats.slow += 1
+                    limit_s = connection.patience.limit_s(
+                        connection.pairs_out + connection.queued_pairs, len(connection.attempts)
+                    )
+                    connection.extend(now + limit_s)
+                else:
+                    self.stats.deadlines += 1
+                    self._lose(connection, "no answer within its deadline")
+                    continue
+            batch.deadline_s = min(batch.deadline_s, connection.first_deadline_s())
 
     def _lose(self, connection: Connection, why: str) -> None:
         """Retire the link; all that was out on it is homeless; reconnect in the background."""
@@ -469,16 +483,24 @@ class ExpertClient:
             self._connections[target.id] = connection
             self._by_fd[connection.fd] = connection
             self._epoll.register(connection.fd, select.EPOLLIN)
-            self._rebuild()
+        self._rebuild()
 
     def _rebuild(self) -> None:
-        """New routes from the wanted table and the live connections; wakes a waiting combine."""
-        wanted = self._wanted
-        assert wanted is not None
-        connections = tuple(self._connections.get(i) for i in wanted.table.group_ids)
-        self._routes = Routes(wanted, connections, self._routes)
-        self._dial_missing()
-        os.eventfd_write(self._wake_fd, 1)
+        """New routes from the wanted table and the live connections; wakes a waiting combine.
+
+        Preparing a large table takes milliseconds: not under the engine's lock.
+        """
+        with self._building:
+            with self._lock:
+                wanted, previous = self._wanted, self._routes
+                assert wanted is not None
+                connections = tuple(self._connections.get(i) for i in wanted.table.group_ids)
+            routes = Routes(wanted, connections, previous)
+            with self._lock:
+                self._routes = routes
+                self._dial_missing()
+                if not self._closed.is_set():
+                    os.eventfd_write(self._wake_fd, 1)
 
     def _dial_missing(self) -> None:
         wanted = self._wanted
@@ -497,16 +519,23 @@ class ExpertClient:
             self._retiring.remove(connection)
 
     def _keep_house(self) -> None:
-        """While the engine rests, notice links that end; rebuild routes around lost ones."""
+        """Heartbeats; links that end while the engine rests; routes around lost ones."""
+        next_ping_s = 0.0
         while not self._closed.wait(_HOUSEKEEPING_S):
+            now = _now()
             with self._lock:
                 for connection in list(self._connections.values()):
                     if connection.idle:
                         self._poll(connection)
+                    if not connection.lost:
+                        connection.watch(now, ping=now >= next_ping_s)
                 self._close_retired()
                 routes = self._routes
-                if routes is not None and any(c is not None and c.lost for c in routes.connections):
-                    self._rebuild()
+                broken = routes is not None and routes.broken
+            if now >= next_ping_s:
+                next_ping_s = now + _IDLE_PING_S
+            if broken:
+                self._rebuild()
 
     def _await_first_table(self, batch: Batch) -> None:
         started = _now()

@@ -24,11 +24,12 @@ if TYPE_CHECKING:
 class Attempt:
     """One message on its way to one group."""
 
-    __slots__ = ("batch", "deadline_s", "message")
+    __slots__ = ("batch", "deadline_s", "message", "sent_s")
 
-    def __init__(self, batch: Batch, message: Message, deadline_s: float) -> None:
+    def __init__(self, batch: Batch, message: Message, sent_s: float, deadline_s: float) -> None:
         self.batch = batch
         self.message = message
+        self.sent_s = sent_s
         self.deadline_s = deadline_s
 
 
@@ -50,10 +51,38 @@ class Connection:
         self.lost = False
         self.retiring = False  # no longer in the table: closed once nothing is out
         self.samples: deque[tuple[int, int, int]] = deque(maxlen=samples)
+        self._watched_s = 0.0
+        self._oldest: Attempt | None = None  # out when last looked at
+        self._mark: int | None = None  # the group's progress heard of first since then
 
     def first_deadline_s(self) -> float:
         """When the next answer is due; infinity when nothing is out."""
         return min((a.deadline_s for a in self.attempts.values()), default=float("inf"))
+
+    def watch(self, now: float, *, ping: bool) -> None:
+        """Heartbeats: often while an answer is out, else when `ping`. Every 50 ms or so."""
+        oldest = next(iter(self.attempts.values()), None)
+        if oldest is not self._oldest:
+            self._oldest, self._mark = oldest, None
+            self._watched_s = now
+        elif oldest is not None and self._mark is None and self.link.last_heard_s > self._watched_s:
+            self._mark = self.link.progress
+        if ping or oldest is not None:
+            self.link.ping()
+
+    def progressing(self, now: float, longest_s: float) -> bool:
+        """The group has answered somebody while our oldest message is out (and not for longer than
+        `longest_s`): it is slow, not hung."""
+        oldest = next(iter(self.attempts.values()), None)
+        if oldest is None or oldest is not self._oldest or self._mark is None:
+            return False
+        return self.link.progress > self._mark and now - oldest.sent_s < longest_s
+
+    def extend(self, deadline_s: float) -> None:
+        """More time for everything out; progress counts anew."""
+        for attempt in self.attempts.values():
+            attempt.deadline_s = max(attempt.deadline_s, deadline_s)
+        self._mark = self.link.progress
 
     @property
     def idle(self) -> bool:
@@ -92,7 +121,13 @@ class Routes:
         copies = resident.sum(2)
         self.home: list[Ints] = list(self.split.home)  # L x [E]
         self.replicated = [np.flatnonzero(row > 1) for row in copies]
+        self.complete: list[bool] = (copies > 0).all(1).tolist()  # L: every expert has a home
         self._message_tokens: dict[int, int] = {}
+
+    @property
+    def broken(self) -> bool:
+        """A connection has been lost since."""
+        return any(c is not None and c.lost for c in self.connections)
 
     @property
     def layers(self) -> int:

@@ -16,6 +16,7 @@ class ClientStats:
     retried_pairs: int = 0
     nacks: int = 0
     errors: int = 0
-    deadlines: int = 0
+    slow: int = 0  # deadlines moved, because the group was making progress
+    deadlines: int = 0  # links given up, because it was not
     links_lost: int = 0
     last_error: str = ""

@@ -149,9 +149,10 @@ class ControlClient:
     def _report(self, sock: socket.socket) -> None:
         client = self._client
         order = client.epoch
+        counts = None if order is None else client.take_counts()
         latest = ClientReport(
             name=self._name,
-            counts=None if order is None else client.take_counts(),
+            counts=counts if counts is not None and counts.any() else None,
             timings=client.take_timings(),
             stats=asdict(client.stats),
             order=order,

@@ -67,7 +67,7 @@ def _unpack(body: bytes) -> dict[str, Any]:
 class ClientReport:
     """What one client has done since its last report, and what it uses.
 
-    counts     int64 [L, E] pairs dispatched to each expert; None before it has a table
+    counts     int64 [L, E] pairs dispatched to each expert; None when there were none
     timings    of each group: (pairs, active experts, busy seconds) of its latest messages
     stats      running totals of the client (`raymoe.client.ClientStats`)
     order      (term, epoch) of the table in use, which acknowledges it; None before the first
@@ -122,10 +122,10 @@ class ClientReport:
 
     def followed_by(self, later: ClientReport, most_timings: int) -> ClientReport:
         """Both as one: counts added, timings appended, the rest as in `later`."""
-        counts = later.counts
-        if self.counts is not None:
-            same = counts is not None and counts.shape == self.counts.shape
-            counts = self.counts + counts if same and counts is not None else self.counts
+        counts = later.counts if later.counts is not None else self.counts
+        if counts is not self.counts and self.counts is not None:
+            assert counts is not None and counts.shape == self.counts.shape
+            counts = counts + self.counts
         timings = {
             group: [*self.timings.get(group, ()), *later.timings.get(group, ())][-most_timings:]
             for group in sorted({*self.timings, *later.timings})

@@ -6,8 +6,10 @@ expert, was lost, came twice or carries another token's row changes the sum.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
+import time
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -75,6 +77,8 @@ class ScriptedLink(SlotBook):
         self._fd = os.eventfd(0, os.EFD_NONBLOCK)
         self._done: list[Completion] = []
         self._fails = ""
+        self._pinged = False
+        self.pings = 0
         self.closed = False
         self.held: list[tuple[Slot, Call]] = []  # asked for and not answered
 
@@ -86,17 +90,23 @@ class ScriptedLink(SlotBook):
         return slot.seq
 
     def poll(self) -> list[Completion]:
+        self._hear()
+        if not self._fails:
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._fd)
         if self._done:
             done, self._done = self._done, []
-            if not self._fails:
-                os.eventfd_read(self._fd)
             return done
         if self._fails:
             raise self._retire(self._fails)
         return []
 
     def ping(self) -> None:
-        raise NotImplementedError
+        """The answer is heard at the next poll()."""
+        if not self.closed and self.group.alive:
+            self._pinged = True
+            self.pings += 1
+            os.eventfd_write(self._fd, 1)
 
     def fileno(self) -> int:
         return self._fd
@@ -106,6 +116,12 @@ class ScriptedLink(SlotBook):
         self.closed = True
         self._retire("closed by us")
         os.close(self._fd)
+
+    def _hear(self) -> None:
+        if self._pinged:
+            self._pinged = False
+            self.last_heard_s = time.monotonic()
+            self.progress = self.group.progress
 
     # the group's side
 
@@ -152,6 +168,8 @@ class ScriptedGroup:
         self.reachable = True
         self.links: list[ScriptedLink] = []
         self.requests = 0
+        self.alive = True  # answers heartbeats
+        self.progress = 0
 
     def dial(self, wire: Wire) -> ScriptedLink:
         if not self.reachable:

@@ -39,6 +39,7 @@ from tests.client.scripted_group import (
 
 QUICK = {
     "stall_limit_s": 5.0,
+    "retry_s": 0.005,
     "deadline_floor_s": 0.01,
     "first_deadline_s": 0.01,
     "reconnect_s": (0.001, 0.01),
@@ -210,6 +211,64 @@ def test_late_reply_of_an_abandoned_attempt_changes_nothing() -> None:
         check(client, 0, draw_batch(np.random.default_rng(0), 5, 2, 4))
         assert client.stats.deadlines == 1
         assert group.requests == 2
+    finally:
+        client.close()
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_a_slow_group_gets_more_time_and_a_hung_one_does_not(progress: bool) -> None:
+    """Both answer heartbeats; only the slow one gets work done meanwhile."""
+    group = ScriptedGroup("a", {(0, e) for e in range(4)}, once(hang))
+    fleet = Fleet([group], 1, 4)
+    client = make_client(fleet, deadline_floor_s=0.3, first_deadline_s=0.3)
+    ended = threading.Event()
+
+    def work_for_others() -> None:
+        for _ in range(50):
+            if ended.wait(0.02):
+                return
+            group.progress += progress
+        [(slot, call)] = group.links[0].held
+        with client._lock:
+            group.links[0].answer(slot, call)
+
+    worker = threading.Thread(target=work_for_others)
+    try:
+        client.set_table(fleet.table(1))
+        wait_until(lambda: client.connected() == ("a",))
+        worker.start()
+        check(client, 0, draw_batch(np.random.default_rng(0), 5, 2, 4))
+        assert (client.stats.slow > 0) == progress
+        assert client.stats.links_lost == (0 if progress else 1)
+    finally:
+        ended.set()
+        worker.join()
+        client.close()
+
+
+def test_a_group_that_dies_at_every_request_is_not_dialed_without_end() -> None:
+    group = ScriptedGroup("a", {(0, 0)}, die_silently)
+    fleet = Fleet([group], 1, 1)
+    client = make_client(fleet, stall_limit_s=0.5, reconnect_s=(0.02, 1.0))
+    try:
+        client.set_table(fleet.table(1))
+        with pytest.raises(ExpertsUnavailable):
+            check(client, 0, (torch.ones(1, HIDDEN), torch.tensor([[0]]), torch.ones(1, 1)))
+        assert 2 <= len(group.links) <= 10
+    finally:
+        client.close()
+
+
+def test_idle_links_are_pinged_and_a_lost_one_is_replaced() -> None:
+    group = ScriptedGroup("a", {(0, 0)})
+    fleet = Fleet([group], 1, 1)
+    client = make_client(fleet)
+    try:
+        client.set_table(fleet.table(1))
+        wait_until(lambda: bool(group.links) and group.links[0].pings > 0)
+        group.links[0].fail("killed while idle")
+        wait_until(lambda: len(group.links) == 2 and client.connected() == ("a",))
+        check(client, 0, (torch.ones(1, HIDDEN), torch.tensor([[0]]), torch.ones(1, 1)))
     finally:
         client.close()
 
