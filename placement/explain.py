@@ -14,6 +14,13 @@ from placement.types import Fleet
 def explain(plan: Plan, fleet: Fleet, most: int | None = None) -> list[str]:
     """One sentence for each action, those that gain most first."""
     lines = [_owed_line(o.kind, o.layer, o.expert, fleet.ids[o.group]) for o in plan.owed]
+    if plan.mode == "full" and np.isfinite(plan.before_s):
+        gain = (plan.before_s - plan.after_s) * plan.config.horizon_s
+        cost = plan.config.move_cost * loading_s(plan, fleet)
+        lines.append(
+            f"a plan from scratch gains {gain:.4g} s in {plan.config.horizon_s:g} s; its "
+            f"{int(plan.loads.sum())} loads ({plan.loaded_bytes / 1e6:.4g} MB) cost {cost:.4g} s"
+        )
     ranked = sorted(plan.changes, key=lambda c: (-c.gain, c.layer, c.expert))
     lines += [_change_line(change, plan, fleet) for change in ranked]
     return lines if most is None else lines[:most]

@@ -19,6 +19,8 @@ from placement.search import Change, Searcher
 from placement.survive import check_survives
 from placement.types import Bools, Fleet, Floats, Ints, Placement
 
+_NEAR = 1.08  # within this factor of a perfectly level fleet no full plan is tried
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
@@ -28,7 +30,7 @@ class PlanConfig:
     move_cost       part of a copy's loading time that serving feels (rho), 0..1
     margin          least gain of an action over its price, as a part of the layer's time
     interval_bytes  most bytes one plan may load (delta mode); None: no limit
-    budget_bytes    most bytes of extra replicas a full plan may use; None: all memory
+    budget_bytes    most bytes that replicas beyond one of each may fill; None: all memory
     switch          a full plan replaces a delta plan when its net gain is so many times better
     batches_per_s   batches of a layer a second, to price active experts; 0: unknown
     rounds          local-search rounds of a delta plan
@@ -134,6 +136,10 @@ class _Problem:
     ) -> Searcher:
         held = np.einsum("leg,l->g", resident.astype(np.int64), self.size)
         room = np.where(self.staying, self.fleet.budget_bytes - held, 0)
+        pool = np.inf
+        if self.config.budget_bytes is not None:
+            one_each = int((self.present.sum(1) * self.size).sum())
+            pool = max(float(self.config.budget_bytes + one_each - held.sum()), 0.0)
         searcher = Searcher(
             load=cases,
             resident=resident,
@@ -145,6 +151,7 @@ class _Problem:
             price=price,
             margin=margin,
             byte_limit=limit,
+            pool=pool,
         )
         searcher.run(rounds)
         return searcher
@@ -321,6 +328,10 @@ def make_plan(
     delta = delta_plan(forecast, fleet, current, config, staying)
     if mode == "delta":
         return delta
+    alive = np.ones(len(fleet.groups), np.bool_) if staying is None else staying
+    ideal = float(forecast.load.sum()) / float(fleet.pair_rate[alive].sum())
+    if delta.after_s < _NEAR * ideal:
+        return delta  # no plan could be much better
     full = full_plan(forecast, fleet, config, current, staying)
     gain_full, gain_delta = net_gain_s(full, fleet), net_gain_s(delta, fleet)
     limit = config.interval_bytes

@@ -22,6 +22,8 @@ from placement.planner import Plan, PlanConfig, loading_s, make_plan
 from placement.pour import host_lists, pour
 from placement.types import Bools, Fleet, Floats, Placement, check_load
 
+_PATIENCE = 10  # plans are replaced unfinished after so many times plan_every_s
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReconcileConfig:
@@ -75,7 +77,11 @@ class Reconciler:
         """The next actions. The same snapshot twice gives the same actions."""
         fresh = self._measure(snapshot)
         changed = self._follow_fleet(snapshot)
-        due = fresh and self.config.live and now - self._tried_s >= self.config.plan_every_s
+        waited = now - self._tried_s
+        due = fresh and self.config.live and waited >= self.config.plan_every_s
+        if due and self._target is not None and waited < _PATIENCE * self.config.plan_every_s:
+            # a plan still being carried out is not yet to be judged, nor replaced
+            due = not bool((self._target.resident & ~snapshot.ready).any())
         if self._target is None or changed or due:
             self._replan(snapshot, now, changed)
         if self._target is None:

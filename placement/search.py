@@ -65,6 +65,7 @@ class Searcher:
     rate      float64 [G] pairs/s; base float64 [G] work already there, in pairs/s
     price     float64 [G], what loading one byte onto the group costs, in seconds of work a second
     margin    least gain of an action over its price, as a part of the layer's time
+    byte_limit  most bytes loaded in all; pool: most bytes by which the layout may grow
     """
 
     def __init__(
@@ -80,10 +81,12 @@ class Searcher:
         price: Floats,
         margin: float,
         byte_limit: float = np.inf,
+        pool: float = np.inf,
     ) -> None:
         self.load, self.resident, self.allowed = load, resident, allowed
         self.room, self.size, self.rate, self.base = room, size, rate, base
         self.price, self.margin, self.byte_limit = price, margin, byte_limit
+        self.pool = pool
         self.layers, self.cases, self.experts = load.shape
         self.groups = len(rate)
         self.mean_load = load.mean(1)
@@ -122,7 +125,9 @@ class Searcher:
         relative = level / scale
         pressure = powered(relative).mean(1)  # [N, G]
         source = pressure.argmax(1)
-        has_room = (self.room[None, :] >= self.size[live][:, None]) | self._victims(poured)[None, :]
+        size = self.size[live][:, None]
+        has_room = (self.room[None, :] >= size) & (self.pool >= size)
+        has_room |= self._victims(poured)[None, :]
         mean = relative.mean(1) + np.where(has_room, 0.0, 0.02) + np.where(self.allowed, 0, 1e6)
         mean[np.arange(len(live)), source] = np.inf
         width = min(_TARGETS, self.groups - 1)
@@ -248,7 +253,7 @@ class Searcher:
         change = others[:, :, None, :] * (powered(after) - powered(around / unit)) + weight * (
             powered(left) - powered(held / unit)
         )
-        norm = norms(poured.level / top[:, :, None], self.rate)  # [L, M]
+        norm = np.maximum(norms(poured.level / top[:, :, None], self.rate), 1e-3)  # [L, M]
         slope = norm ** (1 - POWER) / (POWER * self.rate.sum())
         missed = (change * (slope * top)[:, None, :, None]).mean(2)  # [L, R, C]
         flowing = flow.mean(2) / np.maximum(self.rate.sum(), 1e-300)
@@ -270,26 +275,29 @@ class Searcher:
         room, used = self.room.copy(), set[int]()
         acting = {p.layer: p.net for p in proposals}
         touched: set[int] = set()
-        left = self.byte_limit - self.loaded
+        left, pool = self.byte_limit - self.loaded, self.pool
         taken = []
         for p in proposals:
             if p.layer in touched:
                 continue
-            if p.kind == 0 and room[p.target] < self.size[p.layer]:
+            size = int(self.size[p.layer])
+            if p.kind == 0 and (room[p.target] < size or pool < size):
                 self._evict(p, room, touched, acting, used)
                 if not p.evicts:
                     if not p.instead:
                         self._reject(p)
                         continue
                     p = p.instead
-            bytes_loaded = int(self.size[p.layer]) * (2 if p.kind else 1)
+            bytes_loaded = size * (2 if p.kind else 1)
             if bytes_loaded > left:
                 self._fails[p.layer] = _FAILS
                 continue
             if p.kind == 0:
-                room[p.target] -= int(self.size[p.layer])
+                room[p.target] -= size
+                pool -= size
             if p.evicts:
                 room[p.target] += int(self.size[p.evicts[0]])
+                pool += int(self.size[p.evicts[0]])
                 touched.add(p.evicts[0])
             touched.add(p.layer)
             left -= bytes_loaded
@@ -310,6 +318,8 @@ class Searcher:
             if i in used or layer in touched or (layer == p.layer and expert == p.expert):
                 continue
             if int(room[p.target]) + int(self.size[layer]) < size:
+                continue
+            if self.pool < np.inf and self.pool + int(self.size[layer]) < size:
                 continue
             if layer != p.layer and acting.get(layer, 0.0) > p.net / 2:
                 continue  # that layer has better to do this round
@@ -353,10 +363,10 @@ class Searcher:
             cell[p.other, p.target] = False
             cell[p.other, p.source] = True
             return
-        self.room[p.target] -= size
+        self._take(p.target, size)
         if p.evicts:
             self.resident[p.evicts[0], p.evicts[1], p.target] = False
-            self.room[p.target] += int(self.size[p.evicts[0]])
+            self._take(p.target, -int(self.size[p.evicts[0]]))
 
     def _undo(self, p: _Proposal) -> None:
         size = int(self.size[p.layer])
@@ -367,10 +377,14 @@ class Searcher:
             cell[p.other, p.target] = True
             cell[p.other, p.source] = False
             return
-        self.room[p.target] += size
+        self._take(p.target, -size)
         if p.evicts:
             self.resident[p.evicts[0], p.evicts[1], p.target] = True
-            self.room[p.target] -= int(self.size[p.evicts[0]])
+            self._take(p.target, int(self.size[p.evicts[0]]))
+
+    def _take(self, group: int, size: int) -> None:
+        self.room[group] -= size
+        self.pool -= size
 
     def _accept(self, p: _Proposal, gain: float) -> None:
         loaded = int(self.size[p.layer]) * (2 if p.kind else 1)

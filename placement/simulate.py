@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from placement.actions import Action, Drop, Load, Publish, Retire, Snapshot
 from placement.converge import no_host
@@ -19,7 +20,7 @@ from placement.errors import PlacementError
 from placement.reconcile import ReconcileConfig, Reconciler
 from placement.split import TableSplit
 from placement.table import Table
-from placement.types import Bools, Fleet, Floats, Ints, check_load
+from placement.types import Bools, Fleet, Floats, check_load
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +166,7 @@ class FakeFleet:
 
 
 def simulate(
-    counts: Ints,
+    counts: npt.ArrayLike,
     fleet: Fleet,
     config: ReconcileConfig | None = None,
     *,
@@ -186,20 +187,23 @@ def simulate(
     fake = FakeFleet(fleet, windows.shape[1], windows.shape[2])
     mind = Reconciler(config=config)
     report = Report()
-    _settle(mind, fake, 0.0, np.inf, None, 0.0)  # start-up: placed and loaded before any traffic
+    _settle(
+        mind, fake, 0.0, np.inf, None, 0.0, np.inf
+    )  # start-up: placed and loaded before any traffic
     fake.loaded_bytes, fake.loading_s = 0, {}
     spare = {g.id: g for g in fleet.groups}
     counted: Floats | None = None
+    pace_s = window_s / 20
     for w, window in enumerate(windows):
         now = w * window_s
         for event in events:
             if event.window == w:
                 _happen(fake, event, spare, report)
         # the plan knows the windows before this one; what it loads is there after a while
-        _settle(mind, fake, now, now, counted, window_s)
+        _settle(mind, fake, now, now, counted, window_s, pace_s)
         early = _serve(fake, window, batches)
         loading = max([end - now for end in fake.ends.values()], default=0.0)
-        _settle(mind, fake, now, now + window_s, None, 0.0)
+        _settle(mind, fake, now, now + window_s, None, 0.0, pace_s)
         late = _serve(fake, window, batches)
         part = min(loading / window_s, 1.0)
         report.ideal_s.append(float(window.sum()) / float(fake.fleet.pair_rate.sum()))
@@ -222,6 +226,7 @@ def _settle(
     until: float,
     counts: Floats | None,
     window_s: float,
+    pace_s: float,
 ) -> None:
     """Let the reconciler act, and simulated time go on, until nothing more happens or `until`."""
     for _ in range(100_000):
@@ -233,7 +238,10 @@ def _settle(
         end = fake.next_end()
         if end is None or end > until:
             break
-        now = max(now, end)
+        # loads that end close together are seen together, as a controller's own pace would
+        now = min(max(end, now + pace_s), until)
+        if not np.isfinite(now):
+            now = max(fake.ends.values())
         fake.advance(now)
     else:
         raise PlacementError("the reconciler did not come to rest; please report this plan")
