@@ -196,12 +196,16 @@ def test_a_failed_load_is_tried_again_later_and_later():
     assert asked == [0, 5, 15, 35]
 
 
-def test_a_drained_group_retires_when_empty():
+def test_a_drained_group_retires_when_empty_and_not_before():
     spec = fleet(groups=2, layers=1, slots=5)
-    world = World(spec, single(np.array([[0, 1]]), 2))
+    world, converger = World(spec, single(np.array([[0, 1]]), 2)), Converger(term=1)
     world.draining = frozenset({"g1"})
-    settle(world, Converger(term=1), placement(single(np.array([[0, 0]]), 2)))
-    assert "g1" in world.retired and "g0" not in world.retired
+    target = placement(single(np.array([[0, 0]]), 2))
+    for now in range(60):
+        world.execute(converger.step(world.snapshot(), target, float(now)))
+        assert not world.retired or not world.ready[:, :, 1].any()
+        world.tick()
+    assert set(world.retired) == {"g1"}
 
 
 def test_an_expert_nobody_serves_is_loaded_first_and_may_use_the_reserve():
