@@ -107,7 +107,7 @@ class PlacementController:
                 "balancedness": self._balancedness(),
                 "groups": [g.as_status() for g in self._groups.values()],
                 "routers": [
-                    {k: v for k, v in r.items() if k in ("id", "pid", "node", "state")}
+                    {k: r[k] for k in ("id", "pid", "node", "state", "profile")}
                     for r in self.routers()
                 ],
                 "controller": {"pid": os.getpid(), "state": "failed" if self._failed else "ready"},

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 import traceback
+from dataclasses import asdict
 from typing import Any
 
 import ray
@@ -162,7 +163,7 @@ class Router:
             "node": self.node,
             "state": "failed" if self._died else "ready",
             "endpoint": self._stream.endpoint.to_dict(),
-            "at": time.time(),
+            "profile": {**asdict(self._engine.stats), **asdict(self._experts.stats)},
         }
 
     def _controller_address(self) -> tuple[str, int]:

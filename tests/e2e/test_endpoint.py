@@ -156,10 +156,9 @@ def test_a_client_that_goes_away_frees_its_request(
 def running(deployment: Deployment) -> float:
     with urllib.request.urlopen(deployment.url + "/metrics", timeout=10) as answer:
         lines = answer.read().decode().splitlines()
-    values = [
-        line.rsplit(" ", 1)[1] for line in lines if line.startswith("raymoe_requests_running")
-    ]
-    assert values, "no raymoe_requests_running in /metrics"
+    name = "raymoe_router_requests_running{"
+    values = [line.rsplit(" ", 1)[1] for line in lines if line.startswith(name)]
+    assert values, f"no {name} in /metrics"
     return sum(map(float, values))
 
 
@@ -179,7 +178,7 @@ def test_bad_values_are_refused_by_name(
     ask: dict[str, Any] = {"model": "demo", "prompt": "x", "max_tokens": 4, **arguments}
     with pytest.raises(openai.BadRequestError) as caught:
         client.completions.create(**ask)
-    assert field in str(caught.value)
+    assert field in (caught.value.param, *str(caught.value).split("'"))
 
 
 def test_unknown_model_is_404(client: openai.OpenAI) -> None:
