@@ -188,7 +188,7 @@ class Request:
     client's own). reply() or refuse() exactly once.
     """
 
-    __slots__ = ("_pairs", "_request", "arrived_s", "call", "header", "link_id", "out", "wire", "x")
+    __slots__ = ("_pairs", "arrived_s", "call", "header", "link_id", "out", "wire", "x")
 
     def __init__(
         self,
@@ -196,7 +196,7 @@ class Request:
         header: Header,
         call: Call,
         pairs: PairArrays,
-        arrays: RequestArrays,
+        x: NDArray[Any],
         out: NDArray[Any],
         wire: Wire,
         arrived_s: float,
@@ -207,8 +207,7 @@ class Request:
         self.wire = wire
         self.arrived_s = arrived_s  # time.monotonic()
         self._pairs = pairs
-        self._request = arrays
-        self.x: torch.Tensor = as_tensor(arrays.x, wire)  # [N, D] wire dtype
+        self.x: torch.Tensor = as_tensor(x, wire)  # [N, D] wire dtype
         self.out: torch.Tensor = as_tensor(out, wire)  # [N or P, D] wire dtype
 
     @property
@@ -229,7 +228,7 @@ class Request:
     @property
     def weights(self) -> torch.Tensor | None:
         """float32 [P] in PARTIAL mode, None in ROWS mode."""
-        weights = self._request.weights
+        weights = self._pairs.weights
         return None if weights is None else torch.from_numpy(weights)
 
 

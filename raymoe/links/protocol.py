@@ -200,6 +200,7 @@ class RequestArrays(NamedTuple):
 
 
 _i4 = np.dtype("<i4")
+_u4 = np.dtype("<u4")
 _f4 = np.dtype("<f4")
 
 
@@ -278,33 +279,43 @@ class PairArrays(NamedTuple):
     expert_ids: NDArray[np.int32]  # [n]
     counts: NDArray[np.int32]  # [n]
     token_of_pair: NDArray[np.int32]  # [P]
+    weights: NDArray[np.float32] | None  # [P], PARTIAL only
 
 
 _FEW_WORDS = 128
 
 
 def checked_pairs(region: NDArray[np.uint8], call: Call, experts: int) -> PairArrays:
-    """Copy expert_ids, counts and token_of_pair out of a request region and check them.
+    """Copy the small arrays out of a request region and check them.
 
     A copy, because in shared memory the peer could still change what has been checked. FrameError
     when an id is not below `experts`, a token not below N, or the counts do not sum to P.
     """
-    n, pairs = call.experts, call.pairs
-    words = np.ndarray((2 * n + pairs,), _i4, region).copy()
-    ids, counts, tokens = words[:n], words[n : 2 * n], words[2 * n :]
-    if len(words) <= _FEW_WORDS:  # Python's own max and sum: 2 us instead of 6
-        listed = words.view(np.uint32).tolist()
-        highest, token = max(listed[:n]), max(listed[2 * n :])
+    _, mode, tokens, n, pairs, _ = call
+    ends = 2 * n + pairs
+    buffer: Any = region
+    words = np.ndarray((ends + pairs if mode == PARTIAL else ends,), _i4, buffer).copy()
+    if ends <= _FEW_WORDS:  # Python's own max and sum: 2 us instead of 6
+        listed = words.view(_u4).tolist()
+        highest, token = max(listed[:n]), max(listed[2 * n : ends])
         total = sum(listed[n : 2 * n])
     else:  # unsigned, so that one comparison also catches negative values
-        unsigned = words.view(np.uint32)
+        unsigned = words.view(_u4)
         highest = int(np.maximum.reduce(unsigned[:n]))
-        token = int(np.maximum.reduce(unsigned[2 * n :]))
+        token = int(np.maximum.reduce(unsigned[2 * n : ends]))
         total = int(np.add.reduce(unsigned[n : 2 * n], dtype=np.uint64))
     if highest >= experts:
         raise FrameError(f"expert {highest} of layer {call.layer} does not exist")
-    if token >= call.tokens:
-        raise FrameError(f"a pair names token {token} of {call.tokens}")
+    if token >= tokens:
+        raise FrameError(f"a pair names token {token} of {tokens}")
     if total != pairs:
         raise FrameError(f"the counts sum to {total}, not to the {pairs} pairs announced")
-    return PairArrays(ids, counts, tokens)
+    weights = words[ends:].view(_f4) if mode == PARTIAL else None
+    return PairArrays(words[:n], words[n : 2 * n], words[2 * n : ends], weights)
+
+
+def request_rows(region: NDArray[np.uint8], call: Call, wire: Wire) -> NDArray[Any]:
+    """x [N, D] of a request region, in the carrier dtype."""
+    _, mode, tokens, n, pairs, _ = call
+    buffer: Any = region
+    return np.ndarray((tokens, wire.hidden), wire.carrier, buffer, _rows_at(n, pairs, mode))

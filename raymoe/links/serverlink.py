@@ -21,7 +21,7 @@ from raymoe.links.protocol import (
     call_of,
     checked_pairs,
     reply_array,
-    request_arrays,
+    request_rows,
 )
 
 
@@ -39,13 +39,18 @@ class Waiting:
 
     def request(self, experts: int) -> Request:
         """Check the payload and make the request. FrameError when it is not well-formed."""
-        link = self.link
+        link, call = self.link, self.call
         request, reply = link.regions[self.header.slot]
-        pairs = checked_pairs(request, self.call, experts)
-        arrays = request_arrays(request, self.call, link.wire)
-        out = reply_array(reply, self.call.out_rows, link.wire)
+        wire = link.wire
         return Request(
-            link.id, self.header, self.call, pairs, arrays, out, link.wire, self.arrived_s
+            link.id,
+            self.header,
+            call,
+            checked_pairs(request, call, experts),
+            request_rows(request, call, wire),
+            reply_array(reply, call.out_rows, wire),
+            wire,
+            self.arrived_s,
         )
 
 
