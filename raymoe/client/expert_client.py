@@ -366,7 +366,7 @@ class ExpertClient:
                 if not connection.attempts:
                     break
         except LinkError as error:
-            self._lose(connection, str(error))
+            self._lose(connection, error.why if isinstance(error, PeerLost) else str(error))
             return
         if connection.waiting:
             self._send_waiting(connection)

@@ -101,7 +101,7 @@ def random_fleet(
     return Fleet(made, layers, experts)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     seed=st.integers(0, 2**32 - 1),
     tokens=st.sampled_from([1, 2, 5, 33, 70]),
@@ -143,7 +143,7 @@ def test_sums_are_right_whatever_fails_once(
         client.close()
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**32 - 1), mode=st.sampled_from(["partial", "rows"]))
 def test_tables_change_between_dispatch_and_combine_and_between_layers(
     seed: int, mode: str

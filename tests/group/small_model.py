@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+from raymoe.checkpoint.record import load_expert
 from raymoe.checkpoint.spec import ExpertMaths, LayerSpec, ModelSpec, Source
 from raymoe.experts.shard import ExpertShard
 from raymoe.group import GroupRuntime
@@ -79,12 +81,15 @@ def reference(
     spec: ModelSpec, layer: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
     """The sum over each token's experts, one product at a time, [T, D]."""
-    from raymoe.checkpoint.record import load_expert
-
-    out = torch.zeros_like(x)
+    out, spec_json = torch.zeros_like(x), spec.to_json()
     for token, (experts, gates) in enumerate(zip(ids.tolist(), weights.tolist(), strict=True)):
         for expert, gate in zip(experts, gates, strict=True):
-            record = load_expert(spec, layer, expert).tensors
+            record = _weights(spec_json, layer, expert)
             g, u = (x[token] @ record["up"]).chunk(2)
             out[token] += gate * ((torch.nn.functional.silu(g) * u) @ record["down"])
     return out
+
+
+@lru_cache(maxsize=64)
+def _weights(spec_json: str, layer: int, expert: int) -> dict[str, torch.Tensor]:
+    return load_expert(ModelSpec.from_json(spec_json), layer, expert).tensors
