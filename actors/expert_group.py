@@ -46,7 +46,7 @@ class ExpertGroup:
         if device != "cpu" and not torch.cuda.is_available():
             raise ConfigError(f"group {group_id}: device {device!r} is not to be had here")
         self._ended = threading.Event()
-        self._node = _node_id()
+        self._node, address = _where()
         self._runtime = GroupRuntime(
             spec,
             group_id,
@@ -56,7 +56,7 @@ class ExpertGroup:
             read_secret(checked),
             slowdown,
             node=self._node,
-            config=server_config(checked, ray.util.get_node_ip_address()),
+            config=server_config(checked, address),
         )
 
     def describe(self) -> dict[str, Any]:
@@ -122,5 +122,9 @@ def server_config(config: DeploymentConfig, node_address: str) -> ServerConfig:
     )
 
 
-def _node_id() -> str:
-    return str(ray.get_runtime_context().get_node_id())
+def _where() -> tuple[str, str]:
+    """Ray's id of this node and the node's address; this process alone when there is no Ray."""
+    if not ray.is_initialized():
+        return "local", "127.0.0.1"
+    context = ray.get_runtime_context()
+    return str(context.get_node_id()), str(ray.util.get_node_ip_address())

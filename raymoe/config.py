@@ -84,8 +84,9 @@ class GatewayConfig(_Checked):
 class DataPlaneConfig(_Checked):
     """How tokens travel between routers and groups."""
 
-    transport: Literal["auto", "shm", "tcp"] = Field(
-        "auto", description="auto: shared memory within a node, TCP across nodes"
+    transport: Literal["auto", "tcp"] = Field(
+        "auto",
+        description="auto: shared memory within a node, TCP across nodes; tcp: TCP everywhere",
     )
     wire_dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="dtype of hidden states on the wire"

@@ -1,0 +1,107 @@
+"""The group actor's class without Ray: replicas come from the checkpoint or from another group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from actors.expert_group import ExpertGroup
+from raymoe.checkpoint.reader import read_spec
+from raymoe.checkpoint.spec import ModelSpec
+from raymoe.config import load_config
+from raymoe.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        intermediate_size=32,
+        moe_intermediate_size=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+    )
+    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    return read_spec(folder)
+
+
+@pytest.fixture
+def settings(tmp_path: Path, model: ModelSpec) -> dict[str, Any]:
+    secret = tmp_path / "secret"
+    secret.write_text("a secret of some length")
+    return load_config(None, {"model": model.path, "secret_file": str(secret)}).model_dump(
+        mode="json"
+    )
+
+
+@pytest.fixture
+def groups(model: ModelSpec, settings: dict[str, Any]) -> Iterator[list[ExpertGroup]]:
+    made = [
+        ExpertGroup(
+            group_id=f"g{n}",
+            incarnation=1,
+            config=settings,
+            spec_json=model.to_json(),
+            memory_bytes=6 * max(model.expert_bytes),
+            device="cpu",
+            slowdown=1.0,
+        )
+        for n in range(2)
+    ]
+    yield made
+    for group in made:
+        group.close()
+
+
+def test_load_copy_drop(groups: list[ExpertGroup], model: ModelSpec) -> None:
+    first, second = groups
+    size = model.expert_bytes[0]
+    assert first.load([(0, 0), (0, 3), (1, 2)]) == 3 * size
+    assert first.load([(0, 0)]) == 3 * size, "loading again changes nothing"
+    endpoint = first.describe()["endpoint"]
+    assert second.copy([(0, 3), (1, 2)], endpoint) == 2 * size
+    resident = np.array(second.report()["resident"])
+    assert resident.tolist() == [[False, False, False, True], [False, False, True, False]]
+    assert first.drop([(0, 0)]) == 2 * size
+    assert first.drop([(0, 0)]) == 2 * size, "dropping again changes nothing"
+
+
+def test_over_the_budget_says_by_how_much(groups: list[ExpertGroup]) -> None:
+    with pytest.raises(ConfigError, match="bytes"):
+        groups[0].load([(layer, expert) for layer in range(2) for expert in range(4)])
+    assert np.array(groups[0].report()["resident"]).sum() == 6, "what fits stays"
+
+
+def test_describe_measures_the_speed(groups: list[ExpertGroup]) -> None:
+    told = groups[0].describe()
+    assert told["speed"] > 0
+    assert told["resident_bytes"] == 0
+    assert told["endpoint"]["incarnation"] == 1
+
+
+def test_a_device_that_is_not_there_is_refused(model: ModelSpec, settings: dict[str, Any]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has the device")
+    with pytest.raises(ConfigError, match="cuda"):
+        ExpertGroup(
+            group_id="g0",
+            incarnation=1,
+            config=settings,
+            spec_json=model.to_json(),
+            memory_bytes=1,
+            device="cuda",
+            slowdown=1.0,
+        )
