@@ -399,6 +399,11 @@ def test_a_list_that_fails_changes_nothing_and_a_router_off_the_list_retires() -
             listed = [router for router in routers if router is not owner]
             await asyncio.sleep(0.15)
             assert opened.connection is not None  # still there
+            more = [Reader() for _ in range(3)]
+            for at, other in enumerate(more):  # to the listed router, busier though it gets
+                pool.open(request("b" * at, 3), other.deliver, other.fail)
+            await asyncio.gather(*(other.ended.wait() for other in more))
+            assert len(owner.seen) == 1
             await reader.ended.wait()
             assert reader.tokens == by_position(request("a", 60))
             await until(lambda: len(pool.routers()) == 1)
