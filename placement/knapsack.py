@@ -55,8 +55,8 @@ def _by_grid(time_s: Floats, size: Ints, budget: int) -> Ints:
                 continue
             tried = best[: budget + 1 - cost] + times[k]
             better = tried < fresh[cost:]
-            fresh[cost:][better] = tried[better]
-            pick[cost:][better] = k
+            np.copyto(fresh[cost:], tried, where=better)
+            np.copyto(pick[cost:], k, where=better)
         best = fresh
     left = int(np.argmin(best))  # the first, so the fewest bytes
     picks = np.zeros(len(time_s), np.int64)

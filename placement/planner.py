@@ -153,7 +153,8 @@ class _Problem:
             byte_limit=limit,
             pool=pool,
         )
-        searcher.run(rounds)
+        # on large fleets a plan is made of fewer rounds: the next plan goes on from there
+        searcher.run(rounds if resident.size < 500_000 else -(-rounds * 2 // 3))
         return searcher
 
 
@@ -200,7 +201,7 @@ def _from_scratch(problem: _Problem, cases: Floats) -> Bools:
     counts = menu(len(fleet.groups), layers, experts, most) if spare > 0 else np.zeros(1, np.int64)
     caps = np.stack([_caps(problem, budget, singles + k) for k in counts])
     time = curves(load, cases.transpose(1, 0, 2), present, caps, problem.rate, problem.base, counts)
-    thin = np.arange(0, time.shape[1], max(1, time.shape[1] // 65))
+    thin = np.arange(0, time.shape[1], max(1, time.shape[1] // 64))
     picks = choose(time[:, thin], thin[None, :] * fleet.expert_bytes[:, None], spare)
     extra = thin[picks]
     copies = replica_counts(load, extra, present, groups)

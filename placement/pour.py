@@ -57,9 +57,10 @@ def pour(
     pairs[:, :, :groups] += base
     most = int((copies > 1).sum(1).max()) if copies.size else 0
     reach = max(int(copies.max()), 1) if copies.size else 1
-    # widest first: the steps of experts with few copies then work on narrow arrays
+    # Narrow first, widest last: what can go anywhere levels what cannot. Experts of a step have
+    # about as many copies, so the steps of narrow ones work on narrow arrays.
     key = np.where(copies > 1, copies + load.mean(1) / (load.mean(1).max() + 1e-300) / 2, 0.0)
-    rep = np.argsort(-key, axis=1, kind="stable")[:, :most]  # [L, R]
+    rep = np.argsort(-key, axis=1, kind="stable")[:, :most][:, ::-1]  # [L, R]
     row = np.arange(layers)[:, None]
     is_rep = copies[row, rep] > 1
     host = np.where(is_rep[:, :, None], hosts[row, rep, :reach], groups)  # [L, R, C]
@@ -89,6 +90,31 @@ def pour(
     return Poured(pairs=pairs, level=pairs / rate, rep=rep, hosts=host, flow=flow)
 
 
+def merge(old: Poured, new: Poured, layers: Ints, taken: Bools) -> Poured:
+    """`old` with the rows of `layers` where `taken` (bool, one for each) replaced by `new`'s."""
+    count = max(old.rep.shape[1], new.rep.shape[1])
+    reach = max(old.hosts.shape[2], new.hosts.shape[2])
+    groups = old.pairs.shape[2]
+    at, source = layers[taken], np.flatnonzero(taken)
+    pairs, level = old.pairs.copy(), old.level.copy()
+    pairs[at], level[at] = new.pairs[source], new.level[source]
+    cases = old.flow.shape[2]
+    rep = np.zeros((len(pairs), count), np.int64)
+    hosts = np.full((len(pairs), count, reach), groups, np.int64)
+    flow = np.zeros((len(pairs), count, cases, reach))
+    kept = np.ones(len(pairs), np.bool_)
+    kept[at] = False
+    for part, rows, origin in (
+        (old, np.flatnonzero(kept), np.flatnonzero(kept)),
+        (new, at, source),
+    ):
+        r, c = part.hosts.shape[1:]
+        rep[rows, count - r :] = part.rep[origin]
+        hosts[rows, count - r :, :c] = part.hosts[origin]
+        flow[rows, count - r :, :, :c] = part.flow[origin]
+    return Poured(pairs=pairs, level=level, rep=rep, hosts=hosts, flow=flow)
+
+
 def fill(under: Floats, rates: Floats, far: Floats, amount: Floats) -> Floats:
     """Pour `amount` [..., 1] over hosts [..., C] that hold `under` pairs: pairs for each host.
 
@@ -99,7 +125,7 @@ def fill(under: Floats, rates: Floats, far: Floats, amount: Floats) -> Floats:
     start = under / rates + far
     inside = start < _FAR / 2
     weight = rates * inside
-    for _ in range(3):
+    for _ in range(min(start.shape[-1], 3)):
         level = (amount + (weight * start).sum(-1, keepdims=True)) / np.maximum(
             weight.sum(-1, keepdims=True), 1e-300
         )

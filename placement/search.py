@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from placement.pour import Poured, host_lists, pour
+from placement.pour import Poured, host_lists, merge, pour
 from placement.score import POWER, SOFT, layer_score, norms, powered
 from placement.types import Bools, Floats, Ints
 
@@ -21,6 +21,7 @@ _TARGETS = 8  # groups looked at as new homes, least pressed first
 _EXPERTS = 16  # experts of the pressed group looked at, busiest first
 _HOPE = 0.3  # proposals promising this part of the margin are tried
 _FAILS = 8  # a layer rests after so many proposals that did not pay
+_REFRESH = 3  # the list of replicas to evict is made anew every so many rounds
 _VICTIMS = 32  # replicas of a group looked at for eviction, least missed first
 
 
@@ -92,14 +93,21 @@ class Searcher:
         self.mean_load = load.mean(1)
         self.loaded = 0
         self.changes: list[Change] = []
+        self.sweeps = 2 if resident.size < 500_000 else 1
+        # a group holds about so many experts of a layer: no need to look at more
+        slots = float(resident.sum()) / max(self.layers * self.groups, 1)
+        self._depth = int(min(_EXPERTS, np.ceil(1.5 * slots) + 2, self.experts))
         self._tabu = np.zeros(resident.shape, np.bool_)
         self._fails = np.zeros(self.layers, np.int64)
 
     def run(self, rounds: int) -> None:
         """Improve for at most so many rounds, or until no action pays anywhere."""
-        poured = self._pour()
+        hosts, self._copies = host_lists(self.resident)
+        poured = self._pour(hosts, self._copies, np.arange(self.layers))
         score = layer_score(poured.level, self.rate)
-        for _ in range(rounds):
+        for turn in range(rounds):
+            if turn % _REFRESH == 0:
+                self._has_victim = self._victims(poured)
             proposals = self._choose(self._propose(poured, score), poured)
             if not proposals:
                 if (self._fails >= _FAILS).all():
@@ -109,10 +117,8 @@ class Searcher:
         self.score = score
         self.level = poured.level
 
-    def _pour(self) -> Poured:
-        hosts, copies = host_lists(self.resident)
-        self._copies = copies
-        return pour(self.load, hosts, copies, self.rate, self.base)
+    def _pour(self, hosts: Ints, copies: Ints, layers: Ints) -> Poured:
+        return pour(self.load[layers], hosts, copies, self.rate, self.base, self.sweeps)
 
     # -- proposing ---------------------------------------------------------------------------
 
@@ -127,7 +133,7 @@ class Searcher:
         source = pressure.argmax(1)
         size = self.size[live][:, None]
         has_room = (self.room[None, :] >= size) & (self.pool >= size)
-        has_room |= self._victims(poured)[None, :]
+        has_room |= self._has_victim[None, :]
         mean = relative.mean(1) + np.where(has_room, 0.0, 0.02) + np.where(self.allowed, 0, 1e6)
         mean[np.arange(len(live)), source] = np.inf
         width = min(_TARGETS, self.groups - 1)
@@ -136,7 +142,7 @@ class Searcher:
             return []
         target = np.argpartition(mean, width - 1, axis=1)[:, :width]  # [N, T]
         flow, on_source = self._flows(poured, live, source)  # [N, E, M]
-        depth = min(_EXPERTS, self.experts)
+        depth = self._depth
         busy = np.where(on_source, flow.mean(2), -1.0)
         expert = np.argpartition(-busy, depth - 1, axis=1)[:, :depth]  # [N, S]
         n = np.arange(len(live))[:, None]
@@ -213,7 +219,7 @@ class Searcher:
         single = self._copies[live] == 1
         there = self.resident[live[:, None], :, target] & single[:, None, :]  # [N, T, E]
         weight = np.where(there, self.mean_load[live][:, None, :], np.inf)
-        depth = min(_EXPERTS, self.experts)
+        depth = self._depth
         partner = np.argpartition(weight, depth - 1, axis=2)[:, :, :depth]  # [N, T, F]
         real = np.isfinite(np.take_along_axis(weight, partner, 2))
         back = self.load[live].transpose(0, 2, 1)[n[:, :, None], partner]  # [N, T, F, M]
@@ -234,33 +240,23 @@ class Searcher:
             self._victim_rows = (np.zeros(0), rep[:, 0:0].ravel(), rep[:, 0:0].ravel())
             return np.zeros(self.groups, np.bool_)
         rates = np.append(self.rate, 0.0)[hosts]  # [L, R, C]
-        real = hosts < self.groups
-        others = rates.sum(2, keepdims=True) - rates
-        wide = np.concatenate([poured.level, np.zeros((*poured.level.shape[:2], 1))], 2)
-        held = wide[
-            np.arange(self.layers)[:, None, None, None],
-            np.arange(self.cases)[:, None],
-            hosts[:, :, None, :],
-        ]  # [L, R, M, C]
-        weight = rates[:, :, None, :]
-        around = ((held * weight).sum(3, keepdims=True) - held * weight) / np.maximum(
-            others, 1e-300
-        )[:, :, None, :]
-        top = np.maximum(poured.level.max(2), 1e-300)  # [L, M]
-        unit = top[:, None, :, None]
-        after = (around + flow / np.maximum(others, 1e-300)[:, :, None, :]) / unit
-        left = (held - flow / np.maximum(weight, 1e-300)) / unit
-        change = others[:, :, None, :] * (powered(after) - powered(around / unit)) + weight * (
-            powered(left) - powered(held / unit)
-        )
-        norm = np.maximum(norms(poured.level / top[:, :, None], self.rate), 1e-3)  # [L, M]
-        slope = norm ** (1 - POWER) / (POWER * self.rate.sum())
-        missed = (change * (slope * top)[:, None, :, None]).mean(2)  # [L, R, C]
-        flowing = flow.mean(2) / np.maximum(self.rate.sum(), 1e-300)
-        missed = np.maximum(missed, 0.0) + 1e-3 * flowing
-        layer, r, c = np.nonzero(
-            real & (self._copies[np.arange(self.layers)[:, None], rep] > 1)[:, :, None]
-        )
+        others = np.maximum(rates.sum(2, keepdims=True) - rates, 1e-300)
+        level = poured.level.mean(1)  # [L, G]; the mean over scenarios is near enough here
+        flow = flow.mean(2)  # [L, R, C]
+        top = np.maximum(level.max(1), 1e-300)[:, None, None]
+        wide = np.concatenate([level, np.zeros((self.layers, 1))], 1)
+        held = wide[np.arange(self.layers)[:, None, None], hosts] / top  # [L, R, C]
+        work = held * rates
+        around = (work.sum(2, keepdims=True) - work) / others
+        flow = flow / top
+        left = held - flow / np.maximum(rates, 1e-300)
+        change = others * (powered(around + flow / others) - powered(around))
+        change += rates * (powered(left) - powered(held))
+        norm = np.maximum(norms(level / top[:, 0], self.rate), 1e-3)[:, None, None]
+        slope = top * norm ** (1 - POWER) / (POWER * self.rate.sum())
+        missed = np.maximum(change * slope, 0.0) + 1e-3 * flow * top / self.rate.sum()
+        is_rep = self._copies[np.arange(self.layers)[:, None], rep] > 1
+        layer, r, c = np.nonzero((hosts < self.groups) & is_rep[:, :, None])
         group, value = hosts[layer, r, c], missed[layer, r, c]
         order = np.lexsort((value, group))
         self._victim_rows = (value[order], layer[order], rep[layer, r][order])
@@ -317,6 +313,8 @@ class Searcher:
                 return
             if i in used or layer in touched or (layer == p.layer and expert == p.expert):
                 continue
+            if not self.resident[layer, expert, p.target] or self._copies[layer, expert] < 2:
+                continue  # the list is a few rounds old
             if int(room[p.target]) + int(self.size[layer]) < size:
                 continue
             if self.pool < np.inf and self.pool + int(self.size[layer]) < size:
@@ -336,23 +334,28 @@ class Searcher:
     ) -> tuple[Poured, Floats]:
         for p in proposals:
             self._apply(p)
-        tried = self._pour()
+        touched = {p.layer for p in proposals} | {p.evicts[0] for p in proposals if p.evicts}
+        layers = np.array(sorted(touched))
+        place = {layer: i for i, layer in enumerate(layers.tolist())}
+        hosts, copies = host_lists(self.resident[layers])
+        tried = self._pour(hosts, copies, layers)
         fresh = layer_score(tried.level, self.rate)
-        undone = False
+        taken = np.zeros(len(layers), np.bool_)
         for p in proposals:
-            gain = float(score[p.layer] - fresh[p.layer])
-            if p.evicts and p.evicts[0] != p.layer:
-                gain += float(score[p.evicts[0]] - fresh[p.evicts[0]])
+            at = {p.layer} | ({p.evicts[0]} if p.evicts else set())
+            gain = sum(float(score[layer] - fresh[place[layer]]) for layer in sorted(at))
             if gain - p.price > self.margin * float(score[p.layer]):
                 self._accept(p, gain)
+                taken[[place[layer] for layer in at]] = True
             else:
                 self._undo(p)
                 self._reject(p)
-                undone = True
-        if undone:
-            tried = self._pour()
-            fresh = layer_score(tried.level, self.rate)
-        return tried, fresh
+        if not taken.any():
+            return poured, score
+        score = score.copy()
+        score[layers[taken]] = fresh[taken]
+        self._copies[layers[taken]] = copies[taken]
+        return merge(poured, tried, layers, taken), score
 
     def _apply(self, p: _Proposal) -> None:
         size = int(self.size[p.layer])

@@ -2,9 +2,12 @@
 
 The router knows a batch's counts before it sends anything, so it can level the groups of this
 very batch. Minimises max_g alpha_g + n_g / speed_g + gamma_g * a_g (n_g pairs, a_g active
-experts) by exact steps, one replicated expert at a time: with all others fixed, its tokens are
-poured over its replicas (water-filling), opening a further replica only when that lowers the
-level. Repeated until nothing moves or the level meets its lower bound.
+experts); a further replica of an expert is opened only where that brings the slowest group down.
+
+Few replicated experts: exact steps in scalars, one expert at a time with the others fixed (a
+numpy call costs as much as a whole step, so the loop is over those few experts, in lists). Many:
+whole arrays; flows between groups that level all of them at once come from one small linear
+system (damped Newton steps, placement/level.py), then a few scalar steps on the slowest group.
 """
 
 from __future__ import annotations
@@ -12,34 +15,56 @@ from __future__ import annotations
 import numpy as np
 
 from placement.errors import PlacementError
+from placement.level import Leveller
 from placement.table import Table
 from placement.types import Bools, Floats, Ints
 
 _SWEEPS = 6
-_CLOSE = 1.002  # stop within 0.2 % of the bound: a further sweep costs more than it gains
+_CLOSE = 1.002  # stop within 0.2 % of the bound: a further step costs more than it gains
+_FEW = 12  # replicated experts up to which scalar steps are faster than whole arrays
+_FIXES = 12  # scalar steps after rounding
 
 
 class LayerSplit:
     """One layer of a table, prepared for splitting batch after batch."""
 
-    def __init__(self, resident: Bools, speed: Floats, alpha_s: Floats, gamma_s: Floats) -> None:
-        """resident bool [E, G] (ready replicas); speed, alpha_s, gamma_s float64 [G]."""
+    def __init__(
+        self,
+        resident: Bools,
+        speed: Floats,
+        alpha_s: Floats,
+        gamma_s: Floats,
+        share: Floats | None = None,
+    ) -> None:
+        """resident bool [E, G] (ready replicas); speed, alpha_s, gamma_s float64 [G].
+
+        share  float64 [E, G], where the array form starts from; None: by speed.
+        """
         copies = resident.sum(1)
         self.experts, self.groups = resident.shape
         first = resident.argmax(1).astype(np.int64)
         self.home: Ints = np.where(copies > 0, first, -1)  # [E]
-        self._rows = np.arange(self.experts)
-        self._single = np.where(copies == 1, self.home, self.groups)  # others go to a spare column
+        self._single = np.flatnonzero(copies == 1)
+        self._single_home = self.home[self._single]
         self._missing = np.flatnonzero(copies == 0)
-        self._replicated = np.flatnonzero(copies > 1)
-        # scalars in lists: with few replicated experts one numpy call costs as much as a whole step
-        self._hosts = [np.flatnonzero(resident[e]).tolist() for e in self._replicated]
-        self._per_pair_s: list[float] = (1.0 / speed).tolist()
+        # fewest copies first: what can go anywhere then levels what cannot
+        self._replicated = np.argsort(copies, kind="stable")[int((copies < 2).sum()) :]
         self._per_pair = 1.0 / speed
-        self._alpha_s = alpha_s
-        self._gamma_s: list[float] = gamma_s.tolist()
-        self._gamma = gamma_s
+        self._speed = speed
+        self._alpha_s, self._gamma = alpha_s, gamma_s
         self._rate = float(speed.sum())
+        self._per_pair_s: list[float] = self._per_pair.tolist()
+        self._gamma_s: list[float] = gamma_s.tolist()
+        self._priced = bool(gamma_s.any())
+        self._hosts: list[list[int]] = [
+            np.flatnonzero(resident[e]).tolist() for e in self._replicated
+        ]
+        self._leveller = None
+        if len(self._replicated) > _FEW:
+            mask = resident[self._replicated]
+            start = mask * speed if share is None else share[self._replicated]
+            self._leveller = Leveller(mask, start, speed)
+            self._on_group = [np.flatnonzero(mask[:, g]).tolist() for g in range(self.groups)]
 
     def split(self, counts: Ints) -> Ints:
         """counts int64 [E] -> int64 [E, G]; rows sum to counts, only on ready replicas.
@@ -49,112 +74,184 @@ class LayerSplit:
         if len(self._missing) and counts[self._missing].any():
             lost = self._missing[counts[self._missing] > 0]
             raise PlacementError(f"experts {lost.tolist()} have tokens and no ready replica")
-        out = np.zeros((self.experts, self.groups + 1), np.int64)
-        out[self._rows, self._single] = counts
-        if len(self._replicated):
-            active = counts[self._replicated]
-            if active.any():
-                out[:, -1] = 0
-                self._pour(out, active.tolist())
-        return out[:, :-1]
+        out = np.zeros((self.experts, self.groups), np.int64)
+        fixed = counts[self._single]
+        out[self._single, self._single_home] = fixed
+        if not len(self._replicated):
+            return out
+        tokens = counts[self._replicated]
+        total = int(tokens.sum())
+        if not total:
+            return out
+        pairs = np.bincount(self._single_home, fixed, self.groups)
+        level_s = self._alpha_s + pairs * self._per_pair
+        if self._priced:
+            used = self._single_home[fixed > 0]
+            level_s = level_s + self._gamma * np.bincount(used, minlength=self.groups)
+        # no split ends below this: all groups level, no further replica opened
+        bound = max(float((level_s @ self._speed + total) / self._rate), float(level_s.max()))
+        if self._leveller is None:
+            self._pour(out, tokens.tolist(), level_s.tolist(), bound)
+        else:
+            self._level(out, tokens, level_s, bound)
+        return out
 
-    def _pour(self, out: Ints, tokens: list[int]) -> None:
-        fixed = out[:, :-1]
-        pairs = fixed.sum(0)
-        level_s = self._alpha_s + pairs * self._per_pair + self._gamma * np.count_nonzero(fixed, 0)
-        levels: list[float] = level_s.tolist()
-        active = sorted(
-            (i for i, n in enumerate(tokens) if n), key=lambda i: (-tokens[i], len(self._hosts[i]))
-        )
-        bound = max(max(levels), self._bound(level_s, float(sum(tokens))))
-        poured: dict[int, list[int]] = {}
+    # -- few replicated experts --------------------------------------------------------------
+
+    def _pour(self, out: Ints, tokens: list[int], levels: list[float], bound: float) -> None:
+        poured: list[list[int] | None] = [None] * len(tokens)
+        active = [i for i, n in enumerate(tokens) if n]
+        enough = bound * _CLOSE
         for _ in range(_SWEEPS):
             moved = False
             for i in active:
-                before = poured.get(i)
-                after = self._pour_one(levels, self._hosts[i], tokens[i], before, bound)
+                hosts, before = self._hosts[i], poured[i]
+                step = self._pour_two if len(hosts) == 2 else self._pour_many
+                after = step(levels, hosts, tokens[i], before, bound)
                 if after != before:
-                    poured[i] = after
-                    moved = True
-            if not moved or max(levels) <= bound * _CLOSE:
+                    poured[i], moved = after, True
+            if not moved or max(levels) <= enough:
                 break
-        for i, parts in poured.items():
+        for i in active:
+            parts = poured[i]
+            assert parts is not None
             out[self._replicated[i], self._hosts[i]] = parts
 
-    def _bound(self, level_s: Floats, tokens: float) -> float:
-        """No split ends below this: all groups level, no further replica opened."""
-        speed = 1.0 / self._per_pair
-        return float(((level_s * speed).sum() + tokens) / self._rate)
-
-    def _pour_one(
+    def _pour_two(
         self,
         levels: list[float],
         hosts: list[int],
         tokens: int,
         before: list[int] | None,
-        bound_s: float,
+        bound: float,
     ) -> list[int]:
-        """Take one expert's tokens out of `levels` and pour them back; returns [hosts] tokens."""
+        """Take one expert's tokens out of `levels` and pour them back over its two groups."""
+        a, b = hosts
+        per_a, per_b = self._per_pair_s[a], self._per_pair_s[b]
+        open_a, open_b = self._gamma_s[a], self._gamma_s[b]
+        low_a, low_b = levels[a], levels[b]
+        if before is not None:
+            on_a, on_b = before
+            low_a -= on_a * per_a + (open_a if on_a else 0.0)
+            low_b -= on_b * per_b + (open_b if on_b else 0.0)
+        all_a, all_b = low_a + open_a + tokens * per_a, low_b + open_b + tokens * per_b
+        on_a, best = (tokens, all_a) if all_a <= all_b else (0, all_b)
+        if best > bound:
+            cut = round((low_b + open_b - low_a - open_a + tokens * per_b) / (per_a + per_b))
+            if 0 < cut < tokens:
+                ends_a = low_a + open_a + cut * per_a
+                ends_b = low_b + open_b + (tokens - cut) * per_b
+                if (ends_a if ends_a > ends_b else ends_b) < best:
+                    on_a = cut
+        on_b = tokens - on_a
+        levels[a] = low_a + (on_a * per_a + open_a if on_a else 0.0)
+        levels[b] = low_b + (on_b * per_b + open_b if on_b else 0.0)
+        return [on_a, on_b]
+
+    def _pour_many(
+        self,
+        levels: list[float],
+        hosts: list[int],
+        tokens: int,
+        before: list[int] | None,
+        bound: float,
+    ) -> list[int]:
+        """The same over any number of groups: open the lowest ones while that lowers the end."""
         per_pair, gamma = self._per_pair_s, self._gamma_s
         if before is not None:
             for g, n in zip(hosts, before, strict=True):
                 if n:
                     levels[g] -= n * per_pair[g] + gamma[g]
-        # all on the replica that ends lowest
-        ends = [levels[g] + gamma[g] + tokens * per_pair[g] for g in hosts]
-        best_s = min(ends)
+        lows = [levels[g] + gamma[g] for g in hosts]
+        pers = [per_pair[g] for g in hosts]
+        ends = [low + tokens * per for low, per in zip(lows, pers, strict=True)]
+        best = min(ends)
         parts = [0] * len(hosts)
-        parts[ends.index(best_s)] = tokens
-        # a further replica costs a read of its weights: only to bring the slowest group down
-        if tokens > 1 and best_s > bound_s:
-            opened = sorted(range(len(hosts)), key=lambda j: levels[hosts[j]] + gamma[hosts[j]])
+        parts[ends.index(best)] = tokens
+        if tokens > 1 and best > bound:
             rate = weight = 0.0
-            for count, j in enumerate(opened, 1):
-                g = hosts[j]
-                base = levels[g] + gamma[g]
-                if count > 1 and base >= best_s:
+            opened: list[int] = []
+            for j in sorted(range(len(hosts)), key=lows.__getitem__):
+                if opened and lows[j] >= (tokens + weight) / rate:
                     break
-                rate += 1.0 / per_pair[g]
-                weight += base / per_pair[g]
-                end = (tokens + weight) / rate
-                if count > 1 and end < best_s and end >= base:
-                    tried = _whole(opened[:count], hosts, levels, per_pair, gamma, end, tokens)
-                    level = max(
-                        levels[hosts[k]] + gamma[hosts[k]] + n * per_pair[hosts[k]]
-                        for k, n in tried.items()
-                        if n
-                    )
-                    if level < best_s:
-                        best_s = level
-                        parts = [tried.get(k, 0) for k in range(len(hosts))]
+                rate += 1.0 / pers[j]
+                weight += lows[j] / pers[j]
+                opened.append(j)
+            if len(opened) > 1:
+                tried = _whole(opened, lows, pers, (tokens + weight) / rate, tokens)
+                if max(lows[j] + n * pers[j] for j, n in enumerate(tried) if n) < best:
+                    parts = tried
         for g, n in zip(hosts, parts, strict=True):
             if n:
                 levels[g] += n * per_pair[g] + gamma[g]
         return parts
 
+    # -- many replicated experts -------------------------------------------------------------
+
+    def _level(self, out: Ints, tokens: Ints, level_s: Floats, bound: float) -> None:
+        assert self._leveller is not None
+        cut = self._leveller.level(tokens, level_s, bound)  # [R, G]
+        if self._priced:
+            self._gather(cut)
+        level_s = level_s + cut.sum(0) * self._per_pair
+        if self._priced:
+            level_s = level_s + self._gamma * (cut > 0).sum(0)
+        self._fix(cut, level_s.tolist(), bound * _CLOSE)
+        out[self._replicated] = cut
+
+    def _gather(self, cut: Ints) -> None:
+        """Pieces too small to pay for reading the weights join their expert's largest piece."""
+        knee = self._gamma * self._speed  # tokens that take as long as opening a replica
+        largest = cut.argmax(1)
+        row = np.arange(len(cut))
+        small = (cut > 0) & (cut < knee)
+        small[row, largest] = False
+        moved = np.where(small, cut, 0).sum(1)
+        cut[small] = 0
+        cut[row, largest] += moved
+
+    def _fix(self, cut: Ints, levels: list[float], enough: float) -> None:
+        """Whole tokens from the slowest group to where they end lower, a few times."""
+        per_pair, gamma, hosts = self._per_pair_s, self._gamma_s, self._hosts
+        for _ in range(_FIXES):
+            top = max(levels)
+            if top <= enough:
+                return
+            g = levels.index(top)
+            best, found = top, None
+            pieces = cut[:, g].tolist()
+            for i in self._on_group[g]:
+                have = pieces[i]
+                if not have:
+                    continue
+                for h in hosts[i]:
+                    gap = top - levels[h]
+                    n = min(have, int(gap / (per_pair[g] + per_pair[h])) or 1)
+                    opens = gamma[h] if gamma[h] and not cut[i, h] else 0.0
+                    end = max(top - n * per_pair[g], levels[h] + n * per_pair[h] + opens)
+                    if h != g and end < best:
+                        best, found = end, (i, h, n, opens)
+            if found is None:
+                return
+            i, h, n, opens = found
+            cut[i, g] -= n
+            cut[i, h] += n
+            levels[g] -= n * per_pair[g] + (gamma[g] if not cut[i, g] else 0.0)
+            levels[h] += n * per_pair[h] + opens
+
 
 def _whole(
-    opened: list[int],
-    hosts: list[int],
-    levels: list[float],
-    per_pair: list[float],
-    gamma: list[float],
-    end_s: float,
-    tokens: int,
-) -> dict[int, int]:
-    """Whole tokens for the opened replicas near level `end_s`; the rest where it ends lowest."""
-    parts: dict[int, int] = {}
+    opened: list[int], lows: list[float], pers: list[float], end: float, tokens: int
+) -> list[int]:
+    """Whole tokens for the opened hosts near level `end`; the rest where it ends lowest."""
+    parts = [0] * len(lows)
     left = tokens
     for j in opened:
-        g = hosts[j]
-        n = min(left, max(0, int((end_s - levels[g] - gamma[g]) / per_pair[g])))
+        n = min(left, max(0, int((end - lows[j]) / pers[j])))
         parts[j] = n
         left -= n
     while left:
-        j = min(
-            opened,
-            key=lambda k: levels[hosts[k]] + gamma[hosts[k]] + (parts[k] + 1) * per_pair[hosts[k]],
-        )
+        j = min(opened, key=lambda k: lows[k] + (parts[k] + 1) * pers[k])
         parts[j] += 1
         left -= 1
     return parts
@@ -165,8 +262,8 @@ class TableSplit:
 
     def __init__(self, table: Table) -> None:
         self.layers = [
-            LayerSplit(resident, table.speed, table.alpha_s, table.gamma_s)
-            for resident in table.resident
+            LayerSplit(resident, table.speed, table.alpha_s, table.gamma_s, share)
+            for resident, share in zip(table.resident, table.share, strict=True)
         ]
         self.home: Ints = np.stack([layer.home for layer in self.layers])  # [L, E]
 

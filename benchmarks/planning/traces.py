@@ -59,10 +59,14 @@ def r1_like(windows: int = 12, groups: int = 32, seed: int = 0) -> Trace:
     8,192 x groups tokens a window.
     """
     rng = np.random.default_rng(seed)
-    return _lognormal(rng, "R1-like synthetic", windows, 58, 256, groups, 8192 * groups * 8, 44_040_192)
+    return _lognormal(
+        rng, "R1-like synthetic", windows, 58, 256, groups, 8192 * groups * 8, 44_040_192
+    )
 
 
-def synthetic_family(name: str, layers: int, experts: int, pairs: int, seed: int, size: int) -> Trace:
+def synthetic_family(
+    name: str, layers: int, experts: int, pairs: int, seed: int, size: int
+) -> Trace:
     """A fallback without trace files; same shape as a family, lognormal loads."""
     rng = np.random.default_rng(seed)
     return _lognormal(rng, f"{name} SYNTHETIC fallback", 20, layers, experts, 8, pairs, size)

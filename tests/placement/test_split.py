@@ -48,6 +48,22 @@ def lp_optimum(resident, counts, speed):
     return found.fun
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.01])
+def test_many_replicated_experts_are_levelled_together(gamma):
+    """The array form (over 12 replicated experts): same promises, close to the LP."""
+    rng = np.random.default_rng(3)
+    gaps = []
+    for _ in range(30):
+        resident = random_layer(rng, 40, 8, 60)
+        speed = rng.choice([0.25, 0.5, 1.0], 8)
+        counts = rng.multinomial(6000, rng.dirichlet(np.full(40, 0.5)))
+        parts = prepared(resident, speed, gamma=np.full(8, gamma)).split(counts)
+        assert (parts.sum(1) == counts).all() and (parts >= 0).all()
+        assert not parts[~resident].any()
+        gaps.append(slowest(parts, speed, gamma=gamma) / lp_optimum(resident, counts, speed) - 1)
+    assert np.mean(gaps) < 0.01
+
+
 def random_layer(rng, experts, groups, extra):
     resident = np.zeros((experts, groups), bool)
     resident[np.arange(experts), rng.integers(groups, size=experts)] = True
