@@ -30,6 +30,7 @@ import shutil
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -367,6 +368,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
+    warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # Ray's results
     most = max(args.groups)
     folder = tempfile.mkdtemp(prefix="rt")
     processes = multiprocessing.get_context("forkserver")
@@ -430,7 +432,7 @@ def main() -> None:
                 process.terminate()
         shutil.rmtree(folder, ignore_errors=True)
     show(results)
-    finish("roundtrip", vars(args), results)
+    finish("roundtrip", vars(args) | {"load_1min": os.getloadavg()[0]}, results)
 
 
 def spawn(processes: Any, started: list[tuple[Any, Any]], target: Any, *args: Any) -> Any:

@@ -143,10 +143,14 @@ class _Side:
         check_identity(self.identity, theirs)
         return peer
 
-    def _fail(self) -> None:
+    def _failed_by(self, reason: HandshakeRefused | RecursionError) -> HandshakeRefused:
+        """End this handshake; RecursionError comes of deeply nested JSON."""
         self._failed = True
         self.done = False
         self.peer = None
+        if isinstance(reason, HandshakeRefused):
+            return reason
+        return HandshakeRefused("the peer does not speak the raymoe handshake")
 
 
 def check_identity(ours: Identity, theirs: Identity) -> None:
@@ -201,9 +205,8 @@ class Initiator(_Side):
                 return self._prove(message, data)
             self._finish(message)
             return None
-        except HandshakeRefused:
-            self._fail()
-            raise
+        except (HandshakeRefused, RecursionError) as reason:
+            raise self._failed_by(reason) from None
 
     def _prove(self, message: dict[str, Any], data: bytes) -> bytes:
         challenge = message.get("challenge")
@@ -258,14 +261,11 @@ class Responder(_Side):
             raise HandshakeRefused("this handshake has ended")
         try:
             message = self._decode(data)
-            return (
-                self._challenge(message, data)
-                if self._initiator is None
-                else self._welcome(message, data)
-            )
-        except HandshakeRefused:
-            self._fail()
-            raise
+            if self._initiator is None:
+                return self._challenge(message, data)
+            return self._welcome(message, data)
+        except (HandshakeRefused, RecursionError) as reason:
+            raise self._failed_by(reason) from None
 
     def _challenge(self, message: dict[str, Any], data: bytes) -> bytes:
         hello = message.get("hello")

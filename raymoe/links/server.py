@@ -274,6 +274,9 @@ class Server:
                         self._watch(link)
                 except (FrameError, OSError) as error:
                     self._close(link, str(error))
+                except Exception:  # a mistake of ours that a peer has found must not end the group
+                    log.exception("a link failed")
+                    self._close(link, "internal error")
             elif fd == self._wake_fd:
                 try:
                     os.eventfd_read(self._wake_fd)
@@ -396,6 +399,9 @@ class Server:
                 self._admit(greeting, welcome)
         except (HandshakeRefused, OSError) as reason:
             self._dismiss(greeting, str(reason))
+        except Exception:  # as above: strangers can reach this
+            log.exception("a handshake failed")
+            self._dismiss(greeting, "internal error")
 
     def _dismiss(self, greeting: Greeting, why: str) -> None:
         if self._strangers.pop(greeting.sock.fileno(), None) is not None:

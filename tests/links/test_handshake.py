@@ -164,6 +164,16 @@ def test_garbage_is_refused(garbage: bytes) -> None:
         responder().feed(garbage)
 
 
+@pytest.mark.parametrize("depth", [200, 700, 900, 990, 1900])
+def test_deeply_nested_offers_are_refused(depth: int) -> None:
+    right = responder()
+    right.feed(Initiator(OURS, "router", SECRET).start())
+    nested = b'{"a":' + b"[" * depth + b"]" * depth + b"}"
+    with pytest.raises(HandshakeRefused):
+        right.feed(b'{"proof": {"mac": "", "offer": ' + nested + b"}}")
+    assert right.peer is None
+
+
 def test_over_sockets_the_reason_reaches_the_initiator() -> None:
     left, right = socket.socketpair()
     reasons: list[str] = []
