@@ -383,7 +383,7 @@ class ExpertClient:
         connection.pairs_out -= pairs
         if header.kind == REPLY:
             connection.queued_pairs = header.queued_pairs
-            connection.patience.observe(pairs, header.busy_ns * 1e-9)
+            connection.patience.observe(pairs, header.busy_ns * 1e-9, _now() - attempt.sent_s)
             connection.samples.append((pairs, len(message.experts), header.busy_ns))
             if not batch.abandoned:
                 batch.add(message, done.out_array())
