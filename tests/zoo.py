@@ -117,8 +117,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "kolibri1": {**_without(SHARED, "intermediate_size"), "sliding_window": 33},
     "longcat_flash": {
-        "num_layers": 2, "ffn_hidden_size": 128, "expert_ffn_hidden_size": 48,
-        "n_routed_experts": 8, "zero_expert_num": 2, "moe_topk": 3, **LATENT,
+        "num_layers": 2, "num_hidden_layers": 4, "ffn_hidden_size": 128,
+        "expert_ffn_hidden_size": 48, "n_routed_experts": 8, "zero_expert_num": 2, "moe_topk": 3,
+        **LATENT,
     },
     # other state than a KV cache
     "qwen3_next": {**SHARED, **DELTA, "decoder_sparse_step": 1},

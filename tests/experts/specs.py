@@ -50,7 +50,7 @@ def random_record(spec: ModelSpec, layer: int, expert: int) -> ExpertRecord:
     stored = getattr(torch, spec.stored_dtype)
     return ExpertRecord(
         tensors={
-            source.tensor: (torch.randn(source.shape, generator=draw) / 4).to(stored)
+            source.tensor: (torch.randn(source.shape, generator=draw) / 8).to(stored)
             for source in spec.layer_specs[layer].sources
         }
     )

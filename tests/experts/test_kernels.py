@@ -24,6 +24,9 @@ FORMS = [
 ]
 
 
+HIDDEN, INNER = 320, 416  # two panels of 160; two of 208 for the gate and two for up
+
+
 def name_of(maths: ExpertMaths) -> str:
     return "-".join(
         f"{field}={value}" for field, value in vars(maths).items() if value not in (None, False)
@@ -33,12 +36,12 @@ def name_of(maths: ExpertMaths) -> str:
 @pytest.mark.parametrize("kernel", [PlainKernel(), PanelKernel()], ids=["plain", "panels"])
 @pytest.mark.parametrize("maths", FORMS, ids=name_of)
 def test_kernel_does_the_maths(kernel: ExpertKernel, maths: ExpertMaths) -> None:
-    spec = model_spec(hidden=192, inner=128, maths=maths)
+    spec = model_spec(hidden=HIDDEN, inner=INNER, maths=maths)
     layer = spec.layer_specs[0]
     records = [random_record(spec, 0, expert) for expert in range(3)]
     replicas = [kernel.prepare(layer, record) for record in records]
     counts = [1, 3, 2]
-    x = torch.randn(4, 192, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(4, HIDDEN, generator=torch.Generator().manual_seed(1))
     token_of_pair = torch.tensor([2, 0, 1, 3, 3, 0], dtype=torch.int32)
     found = kernel.run(layer, replicas, counts, x, token_of_pair)
     expert_of_pair = [0, 1, 1, 1, 2, 2]
@@ -55,7 +58,7 @@ def test_kernel_does_the_maths(kernel: ExpertKernel, maths: ExpertMaths) -> None
 @pytest.mark.parametrize("kernel", [PlainKernel(), PanelKernel()], ids=["plain", "panels"])
 def test_record_comes_back_bit_for_bit(kernel: ExpertKernel, stored: str) -> None:
     maths = ExpertMaths(activation="silu", bias=True)
-    spec = model_spec(hidden=192, inner=128, maths=maths, stored=stored)
+    spec = model_spec(hidden=HIDDEN, inner=INNER, maths=maths, stored=stored)
     layer, record = spec.layer_specs[0], random_record(spec, 0, 0)
     back = kernel.record(layer, kernel.prepare(layer, record), getattr(torch, stored))
     assert back.checksum == record.checksum
@@ -64,7 +67,7 @@ def test_record_comes_back_bit_for_bit(kernel: ExpertKernel, stored: str) -> Non
 
 
 def test_prepared_replica_does_not_share_the_records_memory() -> None:
-    spec = model_spec(hidden=192, inner=128)
+    spec = model_spec(hidden=HIDDEN, inner=INNER)
     for kernel in (PlainKernel(), PanelKernel()):
         record = random_record(spec, 0, 0)
         replica = kernel.prepare(spec.layer_specs[0], record)
@@ -75,7 +78,18 @@ def test_prepared_replica_does_not_share_the_records_memory() -> None:
 
 @pytest.mark.parametrize(
     ("columns", "width"),
-    [(2048, 256), (1408, 176), (2880, 240), (768, 256), (96, 96), (64, 64), (48, 0), (257, 0)],
+    [
+        (HIDDEN, 160),
+        (INNER, 208),
+        (2048, 256),
+        (1408, 176),
+        (2880, 240),
+        (768, 256),
+        (96, 96),
+        (64, 64),
+        (48, 0),
+        (257, 0),
+    ],
 )
 def test_panel_width_divides(columns: int, width: int) -> None:
     assert panel_width(columns) == width
@@ -101,12 +115,12 @@ def test_timing_runs_both_kernels() -> None:
 
 
 def test_scratch_grows_and_results_stay_right() -> None:
-    spec = model_spec(hidden=192, inner=128)
+    spec = model_spec(hidden=HIDDEN, inner=INNER)
     layer, record = spec.layer_specs[0], random_record(spec, 0, 0)
     for kernel in (PlainKernel(), PanelKernel()):
         replica = kernel.prepare(layer, record)
-        for pairs in (3, 200, 0, 5, 1000):
-            x = torch.randn(pairs + 1, 192)
+        for pairs in (3, 200, 0, 3, 5, 1000, 3):  # the same runs again after growing
+            x = torch.randn(pairs + 1, HIDDEN)
             ids = torch.arange(pairs, dtype=torch.int32)
             some = [replica] if pairs else []
             found = kernel.run(layer, some, [pairs] if pairs else [], x, ids)

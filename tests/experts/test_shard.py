@@ -127,6 +127,17 @@ def test_budget_says_by_how_many_bytes_it_is_passed() -> None:
     assert shard.resident_bytes == 2 * ONE
 
 
+@pytest.mark.parametrize("spare", [-1, 0])
+def test_budget_is_kept_to_the_byte(spare: int) -> None:
+    shard = ExpertShard(SPEC, budget_bytes=ONE + spare)
+    if spare < 0:
+        with pytest.raises(ConfigError, match="1 more than the budget"):
+            shard.add(0, 0, random_record(SPEC, 0, 0))
+    else:
+        shard.add(0, 0, random_record(SPEC, 0, 0))
+    assert shard.has(0, 0) == (spare == 0)
+
+
 def test_add_and_drop_can_be_repeated() -> None:
     shard = ExpertShard(SPEC, budget_bytes=ONE)
     for _ in range(2):
