@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from raymoe.checkpoint.files import WeightFiles
+from raymoe.checkpoint.files import WeightFiles, fingerprint, read_config
 from raymoe.checkpoint.quantized import from_fp8, from_mxfp4
 from raymoe.checkpoint.spec import DTYPE_BYTES, LayerSpec, ModelSpec, Source
 from raymoe.errors import CheckpointError
@@ -154,6 +154,29 @@ def _parse(header: bytes) -> dict[str, Any]:
 @lru_cache(maxsize=4)
 def _files(path: str) -> WeightFiles:
     return WeightFiles(Path(path))
+
+
+def close_files() -> None:
+    """Let go of the weight files: their mapped pages leave this process; the next load reopens."""
+    _files.cache_clear()
+
+
+def check_files(spec: ModelSpec) -> None:
+    """Whether the files at `spec.path` on this machine are those the spec was read from.
+
+    For a group on another node than where the spec was made. Raises CheckpointError.
+    """
+    path = Path(spec.path)
+    read_config(path)
+    try:
+        found = fingerprint(path, WeightFiles(path).files)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if found != spec.fingerprint:
+        raise CheckpointError(
+            f"{path} on this machine differs from the checkpoint that is served: "
+            f"fingerprint {found} instead of {spec.fingerprint}"
+        )
 
 
 def load_expert(spec: ModelSpec, layer: int, expert: int) -> ExpertRecord:

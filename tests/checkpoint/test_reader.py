@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from raymoe.checkpoint.reader import read_spec
+from raymoe.checkpoint.record import check_files, close_files, load_expert
 from raymoe.checkpoint.spec import ModelSpec
 from raymoe.errors import CheckpointError
 
@@ -178,6 +180,24 @@ def test_fingerprint_changes_with_a_swapped_weight_file(copy: Path, qwen3_spec: 
     save_file(tensors, shard, metadata={"format": "pt"})
     assert shard.stat().st_size == size  # same names, shapes and size: only numbers differ
     assert read_spec(copy).fingerprint != qwen3_spec.fingerprint
+    with pytest.raises(CheckpointError, match="differs from the checkpoint that is served"):
+        check_files(dataclasses.replace(qwen3_spec, path=str(copy)))
+
+
+def test_files_on_another_machine_are_checked(copy: Path, qwen3_spec: ModelSpec) -> None:
+    there = dataclasses.replace(qwen3_spec, path=str(copy))
+    check_files(there)
+    a_shard(copy).unlink()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        check_files(there)
+    with pytest.raises(CheckpointError, match="not a folder"):
+        check_files(dataclasses.replace(qwen3_spec, path="nowhere"))
+
+
+def test_closed_files_are_opened_again(qwen3_spec: ModelSpec) -> None:
+    before = load_expert(qwen3_spec, 0, 0)
+    close_files()
+    assert load_expert(qwen3_spec, 0, 0).checksum == before.checksum
 
 
 def test_fingerprint_changes_with_the_config(copy: Path, qwen3_spec: ModelSpec) -> None:
