@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +20,7 @@ class _Done:
 
 
 class LocalExperts:
-    """All experts of a model in one `ExpertShard`; `dispatch` computes, `combine` hands over."""
+    """All experts of a model in one shard on the CPU; `dispatch` computes, `combine` hands over."""
 
     def __init__(self, shard: ExpertShard) -> None:
         self._shard = shard
@@ -29,16 +30,19 @@ class LocalExperts:
     ) -> _Done:
         """hidden [T, D], expert_ids int64 [T, K], gate_weights [T, K]."""
         top_k = expert_ids.shape[1]
-        by_expert, order = expert_ids.reshape(-1).sort(stable=True)  # [P] each
-        active, counts = torch.unique_consecutive(by_expert, return_counts=True)
+        flat = expert_ids.reshape(-1).numpy()  # [P]
+        # numpy: for a few hundred numbers its calls cost a third of torch's.
+        order = flat.argsort(kind="stable")
+        counts = np.bincount(flat)
+        active = counts.nonzero()[0]
         out = torch.empty_like(hidden)
         missing = self._shard.compute(
             layer,
             hidden,
-            active,
-            counts,
-            order.div(top_k, rounding_mode="floor").int(),
-            gate_weights.reshape(-1)[order].float(),
+            torch.from_numpy(active),
+            torch.from_numpy(counts[active]),
+            torch.from_numpy((order // top_k).astype(np.int32)),
+            gate_weights.reshape(-1)[torch.from_numpy(order)].float(),
             out,
         )
         if missing:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from raymoe.engine.batch import Chunks
-from raymoe.engine.sampling import Draw, logprobs, pick
+from raymoe.engine.sampling import Draw, likeliest, logprobs, pick
 from raymoe.engine.sequence import Sequence
 from raymoe.requests import FinishReason, TokenLogprobs
 
@@ -91,7 +91,7 @@ def take_tokens(
                 row += 1
         logits = logits[keep]
     if all(one.sequence.plain_greedy for one in drawing):
-        tokens: list[int] = logits.argmax(-1).tolist()
+        tokens = likeliest(logits)
         return tokens, [None] * len(tokens)
     sequences = [one.sequence for one in drawing]
     asked = [row for row, one in enumerate(sequences) if one.sampling.logprobs is not None]
