@@ -47,10 +47,7 @@ def balanced_packing(
     order = np.argsort(-weight, axis=1, kind="stable")
     for i in range(items):
         item = order[:, i]
-        if speeds is None:
-            end = held.copy()
-        else:
-            end = (held + weight[row, item][:, None]) / speeds
+        end = held.copy() if speeds is None else (held + weight[row, item][:, None]) / speeds
         end[room <= 0] = np.inf
         at = end.argmin(1)
         pack[row, item] = at
