@@ -31,6 +31,7 @@ class RouterConnection:
         self._client: StreamClient | None = None
         self._lost = asyncio.Event()
         self._was_accepting = True
+        self._failure = ""  # of the last attempt to connect
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -118,12 +119,13 @@ class RouterConnection:
                 timeout_s=pool.config.connect_timeout_s,
                 silence_s=pool.config.silence_s,
             )
-        except HandshakeRefused as error:
-            log.error("router %s: %s", self.router_id, error)
-            return False
         except LinkError as error:
-            log.debug("router %s: %s", self.router_id, error)
+            if str(error) != self._failure:  # once, not at every attempt
+                level = logging.ERROR if isinstance(error, HandshakeRefused) else logging.INFO
+                log.log(level, "router %s: %s", self.router_id, error)
+            self._failure = str(error)
             return False
+        self._failure = ""
         self._was_accepting = self._client.load.accepting
         pool.on_connected(self, self._client.hello.model)
         return True

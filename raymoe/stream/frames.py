@@ -2,7 +2,9 @@
 
 Nothing is pickled, and a length is checked before anything of that size is allocated. Both ends
 have shown that they know the secret before the first frame; a frame that is not well-formed is
-still refused with FrameError, and the connection closed.
+still refused with FrameError, and the connection closed. What a router adds at the end of an
+array, or to its hello, is left alone by a gateway one version older; what a gateway asks for and
+a router does not know is refused.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ MAX_FRAME_BYTES = 32 << 20
 _LENGTH = struct.Struct("<I")
 _HELLO, _SUBMIT, _CANCEL, _TOKENS = 1, 2, 3, 4
 _SAMPLING_DEFAULTS = asdict(SamplingParams(seed=0))
+_MODEL_FIELDS = tuple(field.name for field in fields(ModelInfo))
 _FINISH = (None, "stop", "length", "cancelled", "error")
 _CODE_OF_FINISH = {finish: code for code, finish in enumerate(_FINISH)}
 
@@ -116,12 +119,13 @@ def _from_array(array: Any) -> Message:
         (request_ids,) = rest
         return Cancel(request_ids=tuple(map(_text, request_ids)))
     if kind == _HELLO:
-        router_id, pid, model, load = rest
-        model["eos_ids"] = _ids(model["eos_ids"])
+        router_id, pid, model, load, *_ = rest
+        known = {name: model[name] for name in _MODEL_FIELDS}
+        known["eos_ids"] = _ids(known["eos_ids"])
         return Hello(
             router_id=_text(router_id),
             pid=int(pid),
-            model=ModelInfo(**model),
+            model=ModelInfo(**known),
             load=_load_from_array(load),
         )
     raise FrameError(f"unknown message kind {kind!r}")
@@ -132,7 +136,7 @@ def _load_to_array(load: Load) -> list[Any]:
 
 
 def _load_from_array(array: list[Any]) -> Load:
-    running, waiting, others, accepting = array
+    running, waiting, others, accepting, *_ = array
     return Load(
         running=int(running), waiting=int(waiting), others=int(others), accepting=bool(accepting)
     )
@@ -161,7 +165,7 @@ def _event_to_array(event: TokenEvent) -> list[Any]:
 def _event_from_array(array: list[Any]) -> TokenEvent:
     if len(array) == 2:
         return TokenEvent(request_id=array[0], token_ids=tuple(array[1]))
-    request_id, token_ids, finish, error, logprobs, prompt_logprobs, cached = array
+    request_id, token_ids, finish, error, logprobs, prompt_logprobs, cached, *_ = array
     return TokenEvent(
         request_id=request_id,
         token_ids=tuple(token_ids),

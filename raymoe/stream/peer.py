@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections import deque
 
 from raymoe.links.handshake import MAX_MESSAGE_BYTES, Responder
@@ -25,13 +26,13 @@ class GatewayPeer:
         self.responder = responder
         self.deadline = deadline  # of the handshake, monotonic seconds
         self.reader = FrameReader(MAX_MESSAGE_BYTES)  # until the handshake is done
-        self.request_ids: set[str] = set()
         self.ready = False  # handshake done, hello sent
         self.last_sent = 0.0
         self._max_pending_bytes = max_pending_bytes
         self._lock = threading.Lock()
         self._outgoing: deque[memoryview] = deque()
         self._pending_bytes = 0
+        self._last_progress = 0.0
         self._broken: str | None = None
 
     @property
@@ -42,6 +43,10 @@ class GatewayPeer:
     @property
     def wants_write(self) -> bool:
         return self._pending_bytes > 0
+
+    def stalled_s(self, now: float) -> float:
+        """For how long nothing of what waits could be written."""
+        return now - self._last_progress if self._pending_bytes else 0.0
 
     def send(self, frame: bytes) -> bool:
         """Sends or queues one frame. False: the server's thread must see to this peer."""
@@ -54,6 +59,7 @@ class GatewayPeer:
             self._outgoing.append(memoryview(frame))
             self._pending_bytes += len(frame)
             if len(self._outgoing) == 1:
+                self._last_progress = time.monotonic()
                 self._flush()
             return self._pending_bytes == 0 and self._broken is None
 
@@ -81,6 +87,7 @@ class GatewayPeer:
                 self._broken = str(error)
                 return
             self._pending_bytes -= sent
+            self._last_progress = time.monotonic()
             if sent < len(first):
                 self._outgoing[0] = first[sent:]
                 return

@@ -16,6 +16,7 @@ from raymoe.errors import FrameError, HandshakeRefused, LinkError, RaymoeError
 from raymoe.links.handshake import Identity, Responder, Role, refusal
 from raymoe.links.streams import frame
 from raymoe.requests import GenerationRequest, TokenEvent
+from raymoe.stream.book import RequestBook
 from raymoe.stream.frames import MAX_FRAME_BYTES, decode, encode
 from raymoe.stream.messages import (
     Cancel,
@@ -45,7 +46,8 @@ class StreamConfig:
     tcp_host: str | None = "127.0.0.1"
     tcp_port: int = 0
     unix: bool = True
-    max_pending_bytes: int = 8 << 20  # unread by one gateway before it is dropped
+    max_pending_bytes: int = 2 * MAX_FRAME_BYTES  # unread by one gateway before it is dropped
+    stall_s: float = 10.0  # a gateway that reads nothing at all for this long is dropped
     max_gateways: int = 64
     max_unauthenticated: int = 16
     handshake_timeout_s: float = 5.0
@@ -81,8 +83,7 @@ class StreamServer:
         self._submitted = submitted
         self._cancelled = cancelled
         self._engine_load = load
-        self._lock = threading.Lock()
-        self._peer_of_request: dict[str, GatewayPeer] = {}
+        self._book = RequestBook()
         self._peers: set[GatewayPeer] = set()
         self._writing: set[GatewayPeer] = set()
         self._accepting = True
@@ -107,7 +108,7 @@ class StreamServer:
 
     @property
     def open_requests(self) -> int:
-        return len(self._peer_of_request)
+        return len(self._book)
 
     @property
     def gateways(self) -> int:
@@ -126,18 +127,8 @@ class StreamServer:
         """
         if not events:
             return
-        events_of_peer: dict[GatewayPeer, list[TokenEvent]] = {}
-        with self._lock:
-            for event in events:
-                peer = self._peer_of_request.get(event.request_id)
-                if peer is None:
-                    continue
-                events_of_peer.setdefault(peer, []).append(event)
-                if event.finish is not None:
-                    del self._peer_of_request[event.request_id]
-                    peer.request_ids.discard(event.request_id)
         needs_thread = False
-        for peer, own in events_of_peer.items():
+        for peer, own in self._book.route(events).items():
             peer.last_sent = time.monotonic()
             for frame_of_step in _frames(own, self._load_for(peer)):
                 needs_thread |= not peer.send(frame_of_step)
@@ -264,12 +255,7 @@ class StreamServer:
         peer.ready = True
 
     def _open(self, peer: GatewayPeer, request: GenerationRequest) -> None:
-        with self._lock:
-            known = request.request_id in self._peer_of_request
-            if not known:
-                self._peer_of_request[request.request_id] = peer
-                peer.request_ids.add(request.request_id)
-        if known:
+        if not self._book.add(request.request_id, peer):
             raise FrameError(f"request {request.request_id} is open already")
         try:
             self._submitted(request)
@@ -282,11 +268,7 @@ class StreamServer:
             )
 
     def _cancel(self, peer: GatewayPeer, request_ids: Sequence[str]) -> None:
-        with self._lock:
-            own = tuple(i for i in request_ids if self._peer_of_request.get(i) is peer)
-            for request_id in own:
-                del self._peer_of_request[request_id]
-                peer.request_ids.discard(request_id)
+        own = self._book.remove(request_ids, peer)
         if own:
             self._cancelled(own)
 
@@ -299,7 +281,7 @@ class StreamServer:
         self._writing.discard(peer)
         self._selector.unregister(peer.sock)
         peer.close()
-        self._cancel(peer, tuple(peer.request_ids))
+        self._cancel(peer, self._book.ids_of(peer))
 
     def _tend(self, now: float) -> None:
         """After every round: broken peers, handshakes too late, write interest, heartbeats."""
@@ -309,9 +291,11 @@ class StreamServer:
                 self._drop(peer, peer.broken)
             elif not peer.ready and now > peer.deadline:
                 self._drop(peer, "no handshake in time")
+            elif peer.stalled_s(now) > self._config.stall_s:
+                self._drop(peer, f"nothing read for {self._config.stall_s:g} s: too slow")
             else:
                 self._watch(peer)
-                if now - peer.last_sent >= self._config.heartbeat_s:
+                if not peer.wants_write and now - peer.last_sent >= self._config.heartbeat_s:
                     quiet.append(peer)
         self._report_load(quiet)
 
@@ -330,10 +314,10 @@ class StreamServer:
                 peer.send(encode(Tokens(events=(), load=self._load_for(peer))))
 
     def _load_for(self, peer: GatewayPeer) -> Load:
-        open_requests = len(self._peer_of_request)
+        open_requests = len(self._book)
         load = Load(
             running=open_requests,
-            others=open_requests - len(peer.request_ids),
+            others=open_requests - self._book.count_of(peer),
             accepting=self._accepting,
         )
         if self._engine_load is None:

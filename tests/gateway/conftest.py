@@ -48,7 +48,7 @@ async def in_process(
     await pool.start()
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
     try:
-        async with httpx.AsyncClient(transport=transport, base_url="http://t", timeout=20) as http:
+        async with httpx.AsyncClient(transport=transport, base_url="http://t", timeout=60) as http:
             yield http
     finally:
         await pool.close()
@@ -125,7 +125,7 @@ def routers_of(*routers: FakeRouter) -> Iterator[list[FakeRouter]]:
             router.close()
 
 
-def wait_for(condition: Callable[[], object], within_s: float = 5.0) -> None:
+def wait_for(condition: Callable[[], object], within_s: float = 20.0) -> None:
     deadline = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"

@@ -60,7 +60,7 @@ def test_no_body_makes_the_gateway_fail() -> None:
         http: httpx.AsyncClient = runner.run(context.__aenter__())
 
         @settings(
-            max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), database=None
+            max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), database=None
         )
         @given(requests())
         def run(request: tuple[str, dict[str, Any]]) -> None:

@@ -61,7 +61,7 @@ def request(name: str, max_tokens: int = 100, **sampling: Any) -> GenerationRequ
     )
 
 
-async def until(condition: Any, within_s: float = 5.0) -> None:
+async def until(condition: Any, within_s: float = 20.0) -> None:
     async with asyncio.timeout(within_s):
         while not condition():
             await asyncio.sleep(0.002)

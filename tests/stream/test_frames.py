@@ -126,3 +126,16 @@ def test_bytes_of_any_kind_raise_nothing_but_a_frame_error(body: bytes) -> None:
         decode(body)
     except FrameError:
         pass
+
+
+def test_a_newer_routers_additions_are_left_alone() -> None:
+    load = [1, 2, 3, True, "new"]
+    model = {"name": "m", "vocab": 1, "context_tokens": 2, "kv_capacity_tokens": 3, "eos_ids": []}
+    hello = decode(msgpack.packb([1, "r", 1, {**model, "new": 1}, load, "new"]))
+    assert isinstance(hello, Hello)
+    assert hello.load == Load(running=1, waiting=2, others=3)
+    event = ["a", [5], 1, None, [], [], 0, "new"]
+    tokens = decode(msgpack.packb([4, load, [event]]))
+    assert tokens == Tokens(
+        events=(TokenEvent(request_id="a", token_ids=(5,), finish="stop"),), load=hello.load
+    )

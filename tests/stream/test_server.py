@@ -96,14 +96,14 @@ def request(request_id: str) -> GenerationRequest:
     )
 
 
-async def until(condition: Callable[[], object], within_s: float = 5.0) -> None:
+async def until(condition: Callable[[], object], within_s: float = 20.0) -> None:
     deadline = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
         await asyncio.sleep(0.002)
 
 
-def wait_for(condition: Callable[[], object], within_s: float = 5.0) -> None:
+def wait_for(condition: Callable[[], object], within_s: float = 20.0) -> None:
     deadline = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
@@ -404,3 +404,12 @@ def test_one_frame_above_the_limit_of_unread_bytes_passes() -> None:
             assert gateway.events == [large]
 
         asyncio.run(talk())
+
+
+def test_a_gateway_that_stands_still_is_dropped_long_before_its_buffer_is_full() -> None:
+    config = StreamConfig(stall_s=0.3, heartbeat_s=0.05)
+    with serving(config) as (server, engine), _raw(server) as sock:
+        sock.sendall(encode(Submit(request=request("still"))))
+        wait_for(lambda: server.open_requests == 1)
+        server.publish([TokenEvent(request_id="still", token_ids=tuple(range(400_000)))])
+        wait_for(lambda: engine.cancelled == ["still"])
