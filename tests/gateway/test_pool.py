@@ -161,7 +161,7 @@ def test_a_frozen_router_is_left_behind() -> None:
     async def main() -> None:
         frozen = fake("r0", config=StreamConfig(heartbeat_s=60))
         with routers_of(frozen, fake("r1")) as routers:
-            pool = pool_of(routers, silence_s=0.4)
+            pool = pool_of(routers, silence_s=0.6)
             await start(pool, 2)
             readers = [Reader(), Reader()]
             for at, reader in enumerate(readers):
@@ -277,7 +277,7 @@ def test_requests_wait_for_a_router_and_not_for_ever() -> None:
     async def main() -> None:
         routers: list[FakeRouter] = []
         late = fake("r0")
-        pool = pool_of(routers, router_wait_s=0.3)
+        pool = pool_of(routers, router_wait_s=0.8)
         await pool.start()
         assert not pool.ready
         async with in_process(pool, TOKENIZER) as http:

@@ -295,8 +295,8 @@ def test_a_router_that_falls_silent_is_lost() -> None:
 
 def test_heartbeats_keep_an_idle_connection() -> None:
     async def talk(server: StreamServer) -> None:
-        gateway = await Gateway().connect(server, silence_s=0.3)
-        await asyncio.sleep(0.8)
+        gateway = await Gateway().connect(server, silence_s=0.8)
+        await asyncio.sleep(1.2)
         assert gateway.lost == []
 
     with serving() as (server, _):
