@@ -58,7 +58,7 @@ class Router:
         )
         self._control.start()
         self._await_table(self._config.placement.load_timeout_s)
-        model = load_dense(spec, self._experts)
+        model: Any = load_dense(spec, self._experts)
         self._engine = Engine(
             model,
             self._experts,

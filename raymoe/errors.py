@@ -2,9 +2,9 @@
 
     RaymoeError
     |- ConfigError           a setting is impossible; the sentence says which and what to do
-    |- CheckpointError       the checkpoint is missing, corrupt, not an MoE or of a kind not supported
+    |- CheckpointError       the checkpoint is missing, corrupt, not an MoE, or not supported
     |- LinkError             the data plane between a client and a group
-    |  |- HandshakeRefused   the other end is not one of ours (secret, version, model, dtype, role)
+    |  |- HandshakeRefused   the other end is not ours (secret, version, model, dtype, role)
     |  |- FrameError         a frame that is not well-formed, or longer than it may be
     |  `- PeerLost           the other end is gone, or is taken for gone
     |- ExpertsUnavailable    no ready replica of an expert answered in time
