@@ -153,14 +153,19 @@ class _Problem:
             byte_limit=limit,
             pool=pool,
         )
-        # on large fleets a plan is made of fewer rounds: the next plan goes on from there
-        searcher.run(rounds if resident.size < 500_000 else -(-rounds * 2 // 3))
+        searcher.run(rounds)
         return searcher
 
 
 def _case_count(cells: int) -> int:
     """Scenarios to weigh: fewer on large fleets, where pouring is what a plan's time goes to."""
     return 8 if cells < 100_000 else 3 if cells < 1_500_000 else 1
+
+
+def _rounds(rounds: int, problem: _Problem, cut: int) -> int:
+    """Fewer rounds on large fleets: the next delta plan goes on from there."""
+    large = problem.load.size * len(problem.fleet.groups) >= 500_000
+    return -(-rounds // cut) if large else rounds
 
 
 def full_plan(
@@ -180,8 +185,9 @@ def full_plan(
     cases = problem.cases(_case_count(problem.load.size * len(fleet.groups)))
     resident = _from_scratch(problem, cases)
     owed = repair(resident, fleet, problem.present, problem.load, problem.staying)
+    rounds = _rounds(config.rounds, problem, 3)
     searcher = problem.search(
-        resident, cases, np.zeros(len(fleet.groups)), config.margin / 4, np.inf, config.rounds
+        resident, cases, np.zeros(len(fleet.groups)), config.margin / 4, np.inf, rounds
     )
     return _finish("full", problem, cases, searcher, current, owed)
 
@@ -201,7 +207,7 @@ def _from_scratch(problem: _Problem, cases: Floats) -> Bools:
     counts = menu(len(fleet.groups), layers, experts, most) if spare > 0 else np.zeros(1, np.int64)
     caps = np.stack([_caps(problem, budget, singles + k) for k in counts])
     time = curves(load, cases.transpose(1, 0, 2), present, caps, problem.rate, problem.base, counts)
-    thin = np.arange(0, time.shape[1], max(1, time.shape[1] // 64))
+    thin = np.arange(0, time.shape[1], max(1, time.shape[1] // 32))
     picks = choose(time[:, thin], thin[None, :] * fleet.expert_bytes[:, None], spare)
     extra = thin[picks]
     copies = replica_counts(load, extra, present, groups)
@@ -257,7 +263,8 @@ def delta_plan(
     owed = repair(resident, fleet, problem.present, problem.load, problem.staying)
     limit = np.inf if config.interval_bytes is None else float(config.interval_bytes)
     limit -= sum(o.loaded_bytes for o in owed)  # what is owed is loaded in any case
-    searcher = problem.search(resident, cases, problem.price, config.margin, limit, config.rounds)
+    rounds = _rounds(config.rounds, problem, 2)
+    searcher = problem.search(resident, cases, problem.price, config.margin, limit, rounds)
     return _finish("delta", problem, cases, searcher, current, owed)
 
 
@@ -284,7 +291,8 @@ def _finish(
     if current is not None:
         known = before & problem.staying
         whole = (known.any(2) | ~problem.present).all(1)
-        times = problem.times(known, cases)
+        same = mode == "delta" and not owed  # the search started from just this
+        times = searcher.first_score if same else problem.times(known, cases)
         layer_before = np.where(whole, times, np.inf)
     after = searcher.score
     loads, drops = resident & ~before, before & ~resident

@@ -152,7 +152,8 @@ def host_lists(resident: Bools, spare: int = 0) -> tuple[Ints, Ints]:
 def even_shares(load: Floats, resident: Bools, rate: Floats, base: Floats) -> Floats:
     """Shares float64 [L, E, G] that level the groups for the load [L, E]; by speed where idle."""
     hosts, copies = host_lists(resident)
-    poured = pour(load[:, None, :], hosts, copies, rate, base, sweeps=4)
+    sweeps = 4 if resident.size < 500_000 else 2
+    poured = pour(load[:, None, :], hosts, copies, rate, base, sweeps)
     by_speed = resident * rate
     share = by_speed / np.maximum(by_speed.sum(2, keepdims=True), 1e-300)
     wide = np.concatenate([share, np.zeros((*share.shape[:2], 1))], 2)

@@ -105,6 +105,7 @@ class Searcher:
         hosts, self._copies = host_lists(self.resident)
         poured = self._pour(hosts, self._copies, np.arange(self.layers))
         score = layer_score(poured.level, self.rate)
+        self.first_score = score
         for turn in range(rounds):
             if turn % _REFRESH == 0:
                 self._has_victim = self._victims(poured)
