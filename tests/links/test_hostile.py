@@ -204,12 +204,12 @@ def test_a_half_sent_frame_holds_nobody_up(group: Group) -> None:
 def test_strangers_are_few_and_do_not_stay(kind: str) -> None:
     with rig.group(handshake_s=0.4) as group:
         strangers = [dial(group.endpoint(kind)) for _ in range(40)]
-        rig.eventually(lambda: len(group.server._strangers) == 16)
+        rig.eventually(lambda: group.server.strangers() == 16)
         link = link_to(group, kind)  # ours gets in among them
         round_trip(link)
-        assert len(group.server._strangers) <= 16
+        assert group.server.strangers() <= 16
         assert all(closed(sock) for sock in strangers)
-        rig.eventually(lambda: not group.server._strangers)
+        rig.eventually(lambda: not group.server.strangers())
         round_trip(link)
         for sock in strangers:
             sock.close()
