@@ -41,6 +41,7 @@ class Entrance:
         wire: Wire,
         *,
         name: str,
+        label: str,
         node: str,
         responder: Callable[[tuple[Role, ...], Callable[[Peer], dict[str, int]]], Responder],
         links_open: Callable[[], int],
@@ -48,12 +49,14 @@ class Entrance:
         adopt: Callable[[socket.socket], None],
         bulk: Bulk | None,
     ) -> None:
-        """`responder(roles, terms)` makes a handshake; `admit(link)` takes a new link; `adopt` is
+        """`name` is for the log, `label` for what the system shows (sockets, segments).
+        `responder(roles, terms)` makes a handshake; `admit(link)` takes a new link; `adopt` is
         what in-process clients call."""
         self.endpoints: list[Endpoint] = []
         self._config, self._epoll, self._wire, self._name = config, epoll, wire, name
         self._responder, self._links_open, self._admit_link = responder, links_open, admit
         self._bulk = bulk
+        self._label = re.sub(r"[^A-Za-z0-9._-]", "_", label)[:70]
         self._strangers: dict[int, Greeting] = {}  # by fd, oldest first
         self._listeners: dict[int, tuple[socket.socket, bool]] = {}  # fd -> socket, is a stream
         self._deaf_until_s = 0.0  # accept() failed: the process is out of descriptors
@@ -100,10 +103,9 @@ class Entrance:
 
     def _listen(self, node: str, adopt: Callable[[socket.socket], None]) -> None:
         config = self._config
-        group = re.sub(r"[^A-Za-z0-9._-]", "_", self._name)[:60]
         if config.shm:
             # a random name: whoever guesses it still has to prove itself
-            name = f"raymoe/{group}/{secrets.token_hex(8)}"
+            name = f"raymoe/{self._label}/{secrets.token_hex(8)}"
             self._add_listener(shm.listen(name), stream=False)
             self.endpoints.append(Endpoint(kind="shm", address=name, node=node))
         if config.tcp_host is not None:
@@ -193,7 +195,7 @@ class Entrance:
             sock.send(frame(welcome))
             link = tcp.TcpServerLink(sock, peer, self._wire, terms)
         else:
-            fd, memory = shm.make_segment("raymoe", segment_bytes(terms))
+            fd, memory = shm.make_segment(f"raymoe-{self._label}", segment_bytes(terms))
             try:
                 socket.send_fds(sock, [welcome], [fd])
             finally:

@@ -1,10 +1,10 @@
 """A group's end of the data plane: every link, one event loop, one queue for the compute thread.
 
 The loop has no thread of its own while the compute thread waits: poll() itself waits on the epoll,
-so that a request reaches the kernel without a hand-over between threads (on the two-core machine
-that costs 30-100 us, more than the whole round trip). While the compute thread computes, a second
-thread looks at the same epoll every few milliseconds: it accepts, reads, writes on and answers
-heartbeats. The lock is held while events are handled, never while waiting or computing.
+so that a request reaches the kernels without a hand-over between threads (a bare 64-byte ping-pong
+takes 9 us, with a hand-over 16-19). While the compute thread computes, a second thread looks at the
+same epoll every few milliseconds: it accepts, reads, writes on and answers heartbeats. The lock is
+held while events are handled, never while waiting or computing.
 """
 
 from __future__ import annotations
@@ -93,6 +93,7 @@ class Server:
                 self._epoll,
                 self._wire,
                 name=name,
+                label=f"{identity.deployment}.{name}",
                 node=node,
                 responder=lambda roles, terms: Responder(
                     identity, roles, secret, name=name, incarnation=incarnation, terms=terms

@@ -324,3 +324,28 @@ def test_headers_round_trip() -> None:
     sent = Header(b"RMOE", 1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13)
     sent.pack_into(raw)
     assert unpack_header(raw) == sent
+
+
+def test_a_taken_port_is_an_error_that_leaves_nothing_open() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        before = len(os.listdir("/proc/self/fd"))
+        with pytest.raises(OSError, match="in use"), rig.group(tcp_port=port):
+            pass
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_out_of_descriptors_is_a_pause_and_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: socket.socket) -> tuple[socket.socket, object]:
+        raise OSError(24, "Too many open files")
+
+    with rig.group() as group:
+        link = link_to(group, "tcp")
+        with monkeypatch.context() as patch:
+            patch.setattr(socket.socket, "accept", refuse)
+            waiting = dial(group.endpoint("tcp"))
+            rig.eventually(lambda: group.server._entrance._deaf_until_s > 0)
+        round_trip(link)  # meanwhile the others are served
+        shake_socket(waiting, rig.initiator())  # and in the end this one too
+        waiting.close()
+        link.close()
