@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from raymoe.engine.batch import ShelfRows, StepBatch
-from raymoe.engine.kv import KVCache, LayerKV, Side
+from raymoe.engine.batch import StepBatch
+from raymoe.engine.kv import KVCache, LayerKV
+from raymoe.engine.ready import ShelfRows, attend_turned
 from raymoe.engine.tables import EVERYTHING, Reach, Segment
 
 ATTENTION = "raymoe_packed"
@@ -124,11 +125,11 @@ class PackedStep:
         query = call.query[0].transpose(0, 1)  # [N, H, D_k]
         parts = []
         if reach == EVERYTHING:
-            for shelf in batch.shelf_rows(heads):
+            for shelf in batch.shelf_rows(heads, layer.shape.key_dim):
                 span = slice(shelf.first, shelf.last)
-                keys = _lanes(layer.keys, shelf, new_keys[span])
-                values = _lanes(layer.values, shelf, new_values[span])
-                parts.append(_decode(query[span], keys, values, shelf.mask, call))
+                parts.append(
+                    _laned(layer, shelf, query[span], new_keys[span], new_values[span], call)
+                )
         for bucket in batch.buckets(reach, layer.shape):
             count, seen = bucket.last - bucket.first, slice(bucket.start, bucket.stop)
             keys = layer.keys.gather(bucket.table, count)[:, :, seen]
@@ -142,15 +143,21 @@ class PackedStep:
         return out[..., : layer.shape.value_dim]
 
 
-def _lanes(side: Side, shelf: ShelfRows, new: Tensor) -> Tensor:
-    """A shelf's keys or values with new [B, H_kv, D] written -> [B, H_kv, keys, D]."""
-    lanes = side.lanes(shelf.shelf)
+def _laned(
+    layer: LayerKV, shelf: ShelfRows, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall
+) -> Tensor:
+    """Queries [B, H, D_k] over lanes, with new [B, H_kv, D] written -> [B, H, D]."""
     for lane, table, tokens in shelf.fills:
-        lanes[lane, :, :tokens] = side.gather(table, 1)[0, :, :tokens]
-        lanes[lane, :, tokens:] = 0  # whatever was there must not reach this sequence
-    width = new.shape[-1]
-    lanes.view(-1, width).index_copy_(0, shelf.rows, new.reshape(-1, width))
-    return lanes[: len(new), :, : shelf.keys]
+        layer.ready_keys.fill(shelf.shelf, lane, layer.keys.gather(table, 1)[0, :, :tokens])
+        layer.ready_values.fill(shelf.shelf, lane, layer.values.gather(table, 1)[0, :, :tokens])
+    keys = layer.ready_keys.write(shelf, key)
+    values = layer.ready_values.write(shelf, value)
+    if layer.ready_keys.turned:
+        return attend_turned(
+            query, keys, values, shelf, scale=call.scale, cap=call.cap, sinks=call.sinks
+        )
+    seen = slice(shelf.keys)
+    return _decode(query, keys[:, :, seen], values[:, :, seen], shelf.mask, call)
 
 
 def _decode(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from raymoe.engine.kv import KVShape
 from raymoe.engine.lanes import Shelf
+from raymoe.engine.ready import ShelfRows
 from raymoe.engine.sequence import Sequence
 from raymoe.engine.tables import (
     EVERYTHING,
@@ -28,24 +28,6 @@ from raymoe.engine.tables import (
 
 Chunks = list[tuple[Sequence, int]]
 """(sequence, tokens) in packed order: decode rows (one token each) first, then prefill."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ShelfRows:
-    """Decode rows first..last-1, which are lanes 0.. of a shelf, attended in one call.
-
-    rows: int64 [rows * H_kv], where the new keys go in the shelf's flattened lanes; keys: how many
-    each row may see at most; mask: additive [rows, 1, 1, keys] or None; fills: (lane, its (block,
-    head) pairs, tokens) of lanes to be filled.
-    """
-
-    shelf: Shelf
-    first: int
-    last: int
-    rows: Tensor
-    keys: int
-    mask: Tensor | None
-    fills: list[tuple[int, Tensor, int]]
 
 
 class StepBatch:
@@ -101,17 +83,17 @@ class StepBatch:
         rows: Tensor = self._once(("rows", heads), make)
         return rows
 
-    def shelf_rows(self, heads: int) -> list[ShelfRows]:
+    def shelf_rows(self, heads: int, key_dim: int) -> list[ShelfRows]:
         """The rows that have lanes, for layers that see everything."""
 
         def make() -> list[ShelfRows]:
             found, row = [], 0
             for shelf in self._shelves:
-                found.append(self._shelf_rows(shelf, row, heads))
+                found.append(self._shelf_rows(shelf, row, heads, key_dim))
                 row += len(shelf.members)
             return found
 
-        rows: list[ShelfRows] = self._once(("shelves", heads), make)
+        rows: list[ShelfRows] = self._once(("shelves", heads, key_dim), make)
         return rows
 
     def buckets(self, reach: Reach, shape: KVShape) -> list[Bucket]:
@@ -142,15 +124,19 @@ class StepBatch:
         found: list[Segment] = self._once((reach, heads), make)
         return found
 
-    def _shelf_rows(self, shelf: Shelf, row: int, heads: int) -> ShelfRows:
+    def _shelf_rows(self, shelf: Shelf, row: int, heads: int, key_dim: int) -> ShelfRows:
         members = shelf.members
         counts = np.array([one.computed + 1 for one in members])  # keys of each
         lane_heads = np.arange(len(members) * heads).reshape(-1, heads)
-        rows = lane_heads * shelf.capacity + (counts - 1)[:, None]
+        at = (counts - 1)[:, None]
+        rows = lane_heads * shelf.capacity + at
+        numbers = np.arange(len(members) * heads * key_dim).reshape(len(members), -1)
+        turned_rows = numbers * shelf.capacity + at
         keys = int(counts.max())
-        mask = None
+        mask, mask_by_head = None, torch.zeros(1, 1, 1, device=self._device)
         if counts.min() != keys:
             mask = additive(np.arange(keys) >= counts[:, None], self._device)[:, None, None]
+            mask_by_head = mask.expand(-1, heads, -1, -1).reshape(-1, 1, keys)
         fills = []
         for lane in sorted(shelf.fresh):
             one = members[lane]
@@ -162,7 +148,9 @@ class StepBatch:
             first=row,
             last=row + len(members),
             rows=torch.from_numpy(rows.reshape(-1)).to(self._device),
+            turned_rows=torch.from_numpy(turned_rows.reshape(-1)).to(self._device),
             keys=keys,
             mask=mask,
+            mask_by_head=mask_by_head,
             fills=fills,
         )

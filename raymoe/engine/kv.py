@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from raymoe.engine.lanes import Shelf
+from raymoe.engine.ready import ReadyLanes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,7 @@ class Workspace:
 
 
 class Side:
-    """The keys, or the values, of one layer: its pool and its lanes."""
+    """The keys, or the values, of one layer's pool."""
 
     def __init__(
         self,
@@ -72,7 +73,6 @@ class Side:
         self.blocks = pool.view(blocks, -1)
         self._rows = pool
         self._pairs = pool.view(blocks * self._heads, -1)  # (block, head) pairs
-        self._lanes: dict[int, Tensor] = {}
 
     def write(self, rows: Tensor, new: Tensor) -> None:
         """Store new [N, H_kv, D] at pool rows int64 [N * H_kv]."""
@@ -87,23 +87,6 @@ class Side:
         out = self._workspace.take(self._name, len(table) * size, self._pairs.dtype)
         torch.index_select(self._pairs, 0, table, out=out.view(-1, size))
         return out.view(sequences, self._heads, -1, self._width)
-
-    def lanes(self, shelf: Shelf) -> Tensor:
-        """The lanes of a shelf, [rooms, H_kv, capacity, D], grown or shrunk to its rooms."""
-        found = self._lanes.get(shelf.capacity)
-        if found is None or len(found) != shelf.rooms:
-            size = (shelf.rooms, self._heads, shelf.capacity, self._width)
-            grown = torch.zeros(size, dtype=self._rows.dtype, device=self._rows.device)
-            if found is not None:
-                kept = min(len(found), shelf.rooms)
-                grown[:kept] = found[:kept]
-            found = self._lanes[shelf.capacity] = grown
-        return found
-
-    def keep_lanes(self, capacities: set[int]) -> None:
-        """Free the memory of all other shelves."""
-        for capacity in self._lanes.keys() - capacities:
-            del self._lanes[capacity]
 
 
 class LayerKV:
@@ -123,6 +106,11 @@ class LayerKV:
         self.keys = Side("key", (*sizes, shape.key_dim), shape.dtype, workspace, device)
         self.values = Side(
             "value", (*sizes, shape.stored_value_dim), shape.dtype, workspace, device
+        )
+        turned = device.type == "cpu" and shape.dtype == torch.float32
+        self.ready_keys = ReadyLanes(shape.heads, shape.key_dim, shape.dtype, device, turned=turned)
+        self.ready_values = ReadyLanes(
+            shape.heads, shape.stored_value_dim, shape.dtype, device, turned=False
         )
 
     def padded(self, value: Tensor) -> Tensor:
@@ -164,8 +152,8 @@ class KVCache:
         capacities = {shelf.capacity for shelf in shelves}
         if not self._capacities <= capacities:
             for layer in self.layers.values():
-                layer.keys.keep_lanes(capacities)
-                layer.values.keep_lanes(capacities)
+                layer.ready_keys.keep(capacities)
+                layer.ready_values.keep(capacities)
         self._capacities = capacities
 
 

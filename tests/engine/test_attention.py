@@ -40,7 +40,7 @@ def truth_of(
 
 
 @pytest.mark.parametrize("reach", [Reach(), Reach(window=5), Reach(chunk=6)], ids=str)
-@pytest.mark.parametrize("heads_kv", [1, 2, 4])
+@pytest.mark.parametrize("heads_kv", [2, 4])
 @pytest.mark.parametrize("widths", [(8, 8), (8, 6), (6, 8)], ids=str)
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize(

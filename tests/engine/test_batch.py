@@ -96,9 +96,11 @@ def test_lanes_come_first_and_the_rest_is_gathered() -> None:
     lanes = Lanes(budget_tokens=10_000, split_tokens=100)
     shelves = lanes.place(decode[:2])
     batch = StepBatch([(one, 1) for one in decode], 4, CPU, shelves)
-    (rows,) = batch.shelf_rows(2)
+    (rows,) = batch.shelf_rows(2, 3)
     assert (rows.first, rows.last, rows.keys) == (0, 2, 9)
     assert rows.rows.tolist() == [8, 64 + 8, 2 * 64 + 6, 3 * 64 + 6]
+    turned = rows.turned_rows.view(2, 2, 3)  # lane, head, number of the key
+    assert turned[1, 0].tolist() == [(6 + at) * 64 + 6 for at in range(3)]
     assert rows.mask is not None and (rows.mask[:, 0, 0] == 0).sum(-1).tolist() == [9, 7]
     assert [(lane, tokens) for lane, _, tokens in rows.fills] == [(0, 9), (1, 7)]
     (bucket,) = batch.buckets(EVERYTHING, WIDE)

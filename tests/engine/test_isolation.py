@@ -29,7 +29,8 @@ def poison(engine: Engine, owner: Sequence | None) -> None:
     for layer in paged._cache.layers.values():
         for side in (layer.keys, layer.values):
             side.blocks[others] = torch.nan
-            for capacity, lanes in side._lanes.items():
+        for ready in (layer.ready_keys, layer.ready_values):
+            for capacity, lanes in ready._lanes.items():
                 for lane in range(len(lanes)):
                     if (capacity, lane) not in homes:
                         lanes[lane] = torch.nan
