@@ -22,6 +22,7 @@ All planes take turns within every round; figures are medians over all rounds, i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
 import os
 import random
@@ -121,7 +122,7 @@ class IdentityShard:
 
 
 def serve_group(index: int, secret: bytes, pipe: Connection) -> None:
-    """A group as in the product, and the same shard behind a ZeroMQ socket in a thread."""
+    """A group as in the product."""
     torch.set_num_threads(1)
     spec: Any = IdentitySpec()
     shard: Any = IdentityShard()
@@ -326,7 +327,52 @@ def measure(
     return spent
 
 
-def start_ray(folder: str, groups: int) -> tuple[Any, list[Any]]:
+# ------------------------------------------------------------------------------ what runs
+
+Processes = contextlib.ExitStack
+
+
+def spawn(stack: Processes, target: Any, *args: Any) -> Any:
+    """A process that says what it has to say once it is ready, and ends with `stack`."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["raymoe.group", "raymoe.client.expert_client"])
+    ours, theirs = context.Pipe()
+    process = context.Process(target=target, args=(*args, theirs), daemon=True)
+    process.start()
+
+    def end() -> None:
+        with contextlib.suppress(OSError):  # it has ended already
+            ours.send("end")
+        process.join(5)
+        if process.is_alive():
+            process.terminate()
+
+    stack.callback(end)
+    if not ours.poll(60):
+        raise RuntimeError(f"{target.__name__} did not start within 60 s")
+    return ours.recv()
+
+
+def start_zmq(stack: Processes, folder: str, groups: int) -> list[Any]:
+    """A PAIR socket to each of as many processes."""
+    import zmq
+
+    context = zmq.Context()
+    stack.callback(context.term)
+    sockets = []
+    for index in range(groups):
+        sock = context.socket(zmq.PAIR)
+        sock.setsockopt(zmq.SNDHWM, 0)
+        address = f"ipc://{folder}/z{index}"
+        sock.bind(address)
+        spawn(stack, serve_zmq, address)
+        stack.callback(sock.close, 1000)
+        stack.callback(sock.send, b"end")
+        sockets.append(sock)
+    return sockets
+
+
+def start_ray(stack: Processes, folder: str, groups: int) -> tuple[Any, list[Any]]:
     """Ray with workers at the priority of everybody else, and an actor a group."""
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -342,6 +388,7 @@ def start_ray(folder: str, groups: int) -> tuple[Any, list[Any]]:
         log_to_driver=False,
         logging_level="ERROR",
     )
+    stack.callback(ray.shutdown)
 
     @ray.remote(num_cpus=0)  # type: ignore[misc]
     class Group:
@@ -352,98 +399,40 @@ def start_ray(folder: str, groups: int) -> tuple[Any, list[Any]]:
         def call(self, *parts: np.ndarray) -> Any:
             return answer(self.shard, *parts)
 
-    actors = [Group.remote() for _ in range(groups)]
-    return ray, actors
+    return ray, [Group.remote() for _ in range(groups)]
 
 
-def main() -> None:
-    """Start everything, measure cell by cell, print, stop everything."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 32, 512])
-    parser.add_argument("--groups", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--repeat", type=int, default=24, help="round trips a plane and round")
-    parser.add_argument("--spin-us", type=float, default=ClientConfig().spin_s * 1e6)
-    parser.add_argument("--without", nargs="*", default=[], help="planes to leave out")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # Ray's results
-    most = max(args.groups)
+def run(args: argparse.Namespace, stack: Processes) -> list[dict[str, Any]]:
+    """Start what is asked for and measure cell by cell."""
     folder = tempfile.mkdtemp(prefix="rt")
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["raymoe.group", "raymoe.client.expert_client"])
-    ray = None
-    started: list[tuple[Any, Any]] = []
-    try:
-        endpoints = []
-        for index in range(most):
-            endpoints.append(spawn(processes, started, serve_group, index, SECRET))
-        sockets, context = [], None
-        if "zmq" not in args.without:
-            import zmq
-
-            context = zmq.Context()
-            for index in range(most):
-                sock = context.socket(zmq.PAIR)
-                sock.setsockopt(zmq.SNDHWM, 0)
-                sock.bind(f"ipc://{folder}/z{index}")
-                spawn(processes, started, serve_zmq, f"ipc://{folder}/z{index}")
-                sockets.append(sock)
-        actors: list[Any] = []
-        if "ray" not in args.without:
-            ray, actors = start_ray(folder, most)
-        results = []
-        for groups in args.groups:
-            clients = {
-                kind: product(endpoints[:groups], kind, args.spin_us * 1e-6)
-                for kind in ("shm", "tcp")
-                if kind not in args.without
-            }
-            planes: dict[str, RoundTrip] = {"memcpy": by_memcpy(groups)}
-            planes |= {kind: by_client(client) for kind, client in clients.items()}
-            if sockets:
-                planes["zmq"] = by_zmq(sockets[:groups])
-            if actors:
-                planes["ray"] = by_ray(ray, actors[:groups])
-            for tokens in args.tokens:
-                repeat = args.repeat if tokens < 256 else max(4, args.repeat // 4)
-                spent = measure(planes, tokens, groups, args.rounds, repeat)
-                results.append(
-                    {"tokens": tokens, "groups": groups}
-                    | {name: round(statistics.median(times), 1) for name, times in spent.items()}
-                )
-                print(results[-1], flush=True)
-            for client in clients.values():
-                client.close()
-        for sock in sockets:
-            sock.send(b"end")
-            sock.close(1000)
-        if context is not None:
-            context.term()
-    finally:
-        if ray is not None:
-            ray.shutdown()
-        for process, pipe in started:
-            pipe.send("end") if process.is_alive() else None
-        for process, _ in started:
-            process.join(5)
-            if process.is_alive():
-                process.terminate()
-        shutil.rmtree(folder, ignore_errors=True)
-    show(results)
-    finish("roundtrip", vars(args) | {"load_1min": os.getloadavg()[0]}, results)
-
-
-def spawn(processes: Any, started: list[tuple[Any, Any]], target: Any, *args: Any) -> Any:
-    """A process that says what it has to say once it is ready."""
-    ours, theirs = processes.Pipe()
-    process = processes.Process(target=target, args=(*args, theirs), daemon=True)
-    process.start()
-    started.append((process, ours))
-    if not ours.poll(60):
-        raise RuntimeError(f"{target.__name__} did not start within 60 s")
-    return ours.recv()
+    stack.callback(shutil.rmtree, folder, ignore_errors=True)
+    most = max(args.groups)
+    endpoints = [spawn(stack, serve_group, index, SECRET) for index in range(most)]
+    sockets = [] if "zmq" in args.without else start_zmq(stack, folder, most)
+    ray, actors = (None, []) if "ray" in args.without else start_ray(stack, folder, most)
+    results = []
+    for groups in args.groups:
+        planes: dict[str, RoundTrip] = {"memcpy": by_memcpy(groups)}
+        clients = []
+        for kind in ("shm", "tcp"):
+            if kind not in args.without:
+                clients.append(product(endpoints[:groups], kind, args.spin_us * 1e-6))
+                planes[kind] = by_client(clients[-1])
+        if sockets:
+            planes["zmq"] = by_zmq(sockets[:groups])
+        if actors:
+            planes["ray"] = by_ray(ray, actors[:groups])
+        for tokens in args.tokens:
+            repeat = args.repeat if tokens < 256 else max(4, args.repeat // 4)
+            spent = measure(planes, tokens, groups, args.rounds, repeat)
+            results.append(
+                {"tokens": tokens, "groups": groups}
+                | {name: round(statistics.median(times), 1) for name, times in spent.items()}
+                | {"p10": {n: round(sorted(t)[len(t) // 10], 1) for n, t in spent.items()}}
+            )
+        for client in clients:
+            client.close()
+    return results
 
 
 def show(results: list[dict[str, Any]]) -> None:
@@ -457,6 +446,26 @@ def show(results: list[dict[str, Any]]) -> None:
         for r in results
     ]
     print(table(["tokens", "groups", *names, *wanted], rows))
+
+
+def main() -> None:
+    """Measure, print, stop everything."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 32, 512])
+    parser.add_argument("--groups", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--repeat", type=int, default=24, help="round trips a plane and round")
+    parser.add_argument("--spin-us", type=float, default=ClientConfig().spin_s * 1e6)
+    parser.add_argument("--without", nargs="*", default=[], help="planes to leave out")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # Ray's results
+    with contextlib.ExitStack() as stack:
+        results = run(args, stack)
+        load = os.getloadavg()[0]
+    show(results)
+    finish("roundtrip", vars(args) | {"load_1min": round(load, 1)}, results)
 
 
 if __name__ == "__main__":
