@@ -1,12 +1,13 @@
 """What HTTP costs: the gateway without a model behind it.
 
 Three processes: a fake router that publishes one token a stream and step at a fixed rate, the
-gateway (uvicorn), and a client that reads the server-sent events of all streams. Measured at
-several rates: tokens per second that reach the client, the gateway's CPU-milliseconds per token
-(user and system, requests included), and how late tokens are. Every token must arrive as a chunk
-of its own; a run that loses one fails.
+gateway (uvicorn; with --serve a Ray Serve replica behind HAProxy, as `raymoe serve` runs it), and
+a client that reads the server-sent events of all streams. Measured at several rates: tokens per
+second that reach the client, the CPU-milliseconds per token of the gateway and of HAProxy (user
+and system, requests included), and how late tokens are. Every token must arrive as a chunk of its
+own; a run that loses one fails.
 
-    python -m benchmarks.http_path [--streams 32] [--rates 1000,4000,6000] [--seconds 4]
+    python -m benchmarks.http_path [--streams 32] [--rates 1000,4000,8000] [--seconds 3] [--serve]
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing as mp
+import os
 import selectors
 import socket
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
+from urllib.request import urlopen
 
 import psutil
 
@@ -62,8 +67,6 @@ def router_process(pipe: Connection, transport: str) -> None:
     pipe.send(server.endpoint.to_dict())
     while True:
         order = pipe.recv()
-        if order is None:
-            break
         streams, step_s = order
         while len(running) < streams:
             time.sleep(0.001)
@@ -88,13 +91,10 @@ def router_process(pipe: Connection, transport: str) -> None:
             server.publish(events)
             steps += 1
         pipe.send(time.perf_counter() - start)
-    server.close()
 
 
-def gateway_process(pipe: Connection, endpoint: dict[str, Any], model: str | None) -> None:
-    """The real application under uvicorn."""
-    import uvicorn
-
+def application(endpoint: dict[str, Any], model: str | None) -> Any:
+    """The real application, over the fake router."""
     from raymoe.gateway import AppConfig, GatewayTokenizer, RouterPool, create_app
 
     tokenizer = GatewayTokenizer.load(model) if model else byte_tokenizer()
@@ -104,12 +104,70 @@ def gateway_process(pipe: Connection, endpoint: dict[str, Any], model: str | Non
         secret=SECRET,
         node="here",
     )
+    app = create_app(pool, tokenizer, AppConfig(model_name="bench"))
+
+    @app.get("/pid")
+    async def pid() -> int:
+        return os.getpid()
+
+    return app
+
+
+def gateway_process(pipe: Connection, endpoint: dict[str, Any], model: str | None) -> None:
+    """The application under uvicorn."""
+    import uvicorn
+
     sock = socket.socket()
     sock.bind(("127.0.0.1", 0))
-    app = create_app(pool, tokenizer, AppConfig(model_name="bench"))
     pipe.send(sock.getsockname()[1])
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
-    server.run(sockets=[sock])
+    config = uvicorn.Config(application(endpoint, model), log_level="warning", access_log=False)
+    uvicorn.Server(config).run(sockets=[sock])
+
+
+@contextmanager
+def under_uvicorn(endpoint: dict[str, Any], model: str | None) -> Iterator[int]:
+    """Its port."""
+    context = mp.get_context("spawn")
+    ours, theirs = context.Pipe()
+    gateway = context.Process(target=gateway_process, args=(theirs, endpoint, model), daemon=True)
+    gateway.start()
+    try:
+        yield ours.recv()
+    finally:
+        gateway.terminate()
+        gateway.join()
+
+
+@contextmanager
+def under_serve(endpoint: dict[str, Any], model: str | None) -> Iterator[int]:
+    """Its port, which is HAProxy's."""
+    from ray import serve
+
+    from actors.local import LocalRay, free_port
+    from raymoe.config import RayConfig
+
+    @serve.ingress()
+    class Gateway:
+        def __serve_build_asgi_app__(self) -> Any:
+            return application(endpoint, model)
+
+    ray_here = LocalRay(RayConfig())
+    try:
+        ray_here.start(2, 0, {})
+        port = free_port()
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        serve.run(serve.deployment(Gateway, max_ongoing_requests=1000).bind())
+        yield port
+    finally:
+        ray_here.stop()
+
+
+def processes(port: int) -> list[psutil.Process]:
+    """The gateway and what passes its bytes on."""
+    with urlopen(f"http://127.0.0.1:{port}/pid") as answer:
+        found = [psutil.Process(json.loads(answer.read()))]
+    family = psutil.Process().children(recursive=True)
+    return found + [process for process in family if process.name() == "haproxy"]
 
 
 def byte_tokenizer() -> Any:
@@ -126,6 +184,47 @@ def byte_tokenizer() -> Any:
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
     wrapped.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     return GatewayTokenizer(wrapped)
+
+
+class EventCounter:
+    """Counts a marker in the body of an HTTP response with chunked encoding.
+
+    A proxy may cut chunks anywhere, also within an event.
+    """
+
+    def __init__(self, marker: bytes) -> None:
+        self.count = 0
+        self._marker = marker
+        self._raw = b""
+        self._tail = b""  # of the body, too short to hold a marker
+        self._left = -1  # of the chunk; 0: its line end comes next; -1: still in the head
+
+    def feed(self, data: bytes) -> int:
+        """How many came with this data."""
+        self._raw += data
+        parts = [self._tail]
+        while self._raw:
+            if self._left > 0:
+                part, self._raw = self._raw[: self._left], self._raw[self._left :]
+                self._left -= len(part)
+                parts.append(part)
+                continue
+            end = b"\r\n\r\n" if self._left < 0 else b"\r\n"
+            line, found, rest = self._raw.partition(end)
+            if not found:
+                break
+            self._raw = rest
+            if self._left < 0:
+                if b" 200 " not in line[:20]:
+                    raise SystemExit(f"the gateway refused: {(line + end + rest)[:2000]!r}")
+                self._left = 0
+            elif line:  # empty: the end of the last chunk
+                self._left = int(line, 16)
+        body = b"".join(parts)
+        found_now = body.count(self._marker)
+        self.count += found_now
+        self._tail = body[-(len(self._marker) - 1) :]
+        return found_now
 
 
 def read_streams(port: int, streams: int, tokens: int, route: str) -> dict[str, Any]:
@@ -145,13 +244,12 @@ def read_streams(port: int, streams: int, tokens: int, route: str) -> dict[str, 
         f"Content-Length: {len(payload)}\r\nConnection: close\r\n\r\n"
     ).encode()
     selector = selectors.DefaultSelector()
-    counts: dict[socket.socket, int] = {}
-    tails: dict[socket.socket, bytes] = {}
+    counters: dict[socket.socket, EventCounter] = {}
     for _ in range(streams):
         sock = socket.create_connection(("127.0.0.1", port))
         sock.sendall(head + payload)
         selector.register(sock, selectors.EVENT_READ)
-        counts[sock], tails[sock] = 0, b""
+        counters[sock] = EventCounter(marker)
     first = last = 0.0
     reads = 0
     open_streams = streams
@@ -166,62 +264,66 @@ def read_streams(port: int, streams: int, tokens: int, route: str) -> dict[str, 
                 open_streams -= 1
                 continue
             reads += 1
-            # A marker may be cut by the end of a read: keep a tail too short to hold one.
-            text = tails[sock] + data
-            found = text.count(marker)
-            if found:
+            if counters[sock].feed(data):
                 last = time.perf_counter()
                 first = first or last
-                counts[sock] += found
-            tails[sock] = text[-(len(marker) - 1) :]
-    return {"received": sum(counts.values()), "seconds": last - first, "reads": reads}
+    received = sum(counter.count for counter in counters.values())
+    return {"received": received, "seconds": last - first, "reads": reads}
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     context = mp.get_context("spawn")
     router_pipe, router_end = context.Pipe()
-    gateway_pipe, gateway_end = context.Pipe()
     router = context.Process(target=router_process, args=(router_end, args.transport), daemon=True)
     router.start()
-    endpoint = router_pipe.recv()
-    gateway = context.Process(
-        target=gateway_process, args=(gateway_end, endpoint, args.tokenizer), daemon=True
-    )
-    gateway.start()
-    port = gateway_pipe.recv()
-    _wait_ready(port)
-    process = psutil.Process(gateway.pid)
-    rows = []
+    gateway = under_serve if args.serve else under_uvicorn
     try:
-        for rate in [args.rates[0], *args.rates]:  # the first run warms up
-            tokens = max(8, round(rate * args.seconds / args.streams))
-            before = process.cpu_times()
-            router_pipe.send((args.streams, args.streams / rate))
-            seen = read_streams(port, args.streams, tokens, args.route)
-            total = tokens * args.streams
-            if seen["received"] != total:
-                raise SystemExit(f"{seen['received']} of {total} tokens arrived as chunks")
-            router_s = router_pipe.recv()
-            after = process.cpu_times()
-            cpu_s = after.user + after.system - before.user - before.system
-            rows.append(
-                {
-                    "rate": rate,
-                    "tokens": total,
-                    "tokens_per_s": round(total / seen["seconds"]),
-                    "cpu_ms_per_token": round(1000 * cpu_s / total, 4),
-                    "gateway_cpu_share": round(cpu_s / seen["seconds"], 3),
-                    "tokens_per_cpu_s": round(total / cpu_s) if cpu_s else None,
-                    "writes_per_token": round(seen["reads"] / total, 3),
-                    "behind_s": round(seen["seconds"] - router_s, 3),
-                }
-            )
+        with gateway(router_pipe.recv(), args.tokenizer) as port:
+            _wait_ready(port)
+            watched = processes(port)
+            # The first run warms up.
+            return [_run(args, rate, port, router_pipe, watched) for rate in _warm(args.rates)][1:]
     finally:
-        router_pipe.send(None)
-        gateway.terminate()
-        gateway.join()
-        router.join(5)
-    return rows[1:]
+        router.terminate()
+        router.join()
+
+
+def _warm(rates: list[float]) -> list[float]:
+    return [rates[0], *rates]
+
+
+def _run(
+    args: argparse.Namespace,
+    rate: float,
+    port: int,
+    router: Connection,
+    watched: list[psutil.Process],
+) -> dict[str, Any]:
+    tokens = max(8, round(rate * args.seconds / args.streams))
+    total = tokens * args.streams
+    before = _cpu_s(watched)
+    router.send((args.streams, args.streams / rate))
+    seen = read_streams(port, args.streams, tokens, args.route)
+    if seen["received"] != total:
+        raise SystemExit(f"{seen['received']} of {total} tokens arrived as chunks")
+    router_s = router.recv()
+    own_s, others_s = (after - start for after, start in zip(_cpu_s(watched), before, strict=True))
+    return {
+        "rate": rate,
+        "tokens": total,
+        "tokens_per_s": round(total / seen["seconds"]),
+        "cpu_ms_per_token": round(1000 * own_s / total, 4),
+        "proxy_cpu_ms_per_token": round(1000 * others_s / total, 4),
+        "gateway_cpu_share": round(own_s / seen["seconds"], 3),
+        "reads_per_token": round(seen["reads"] / total, 3),
+        "behind_s": round(seen["seconds"] - router_s, 3),
+    }
+
+
+def _cpu_s(watched: list[psutil.Process]) -> tuple[float, float]:
+    """CPU-seconds so far, user and system: of the gateway, of the proxies."""
+    times = [sum(process.cpu_times()[:2]) for process in watched]
+    return times[0], sum(times[1:])
 
 
 def _wait_ready(port: int) -> None:
@@ -250,20 +352,22 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="of each rate")
     parser.add_argument("--route", choices=("completions", "chat"), default="completions")
     parser.add_argument("--transport", choices=("unix", "tcp"), default="unix")
+    parser.add_argument("--serve", action="store_true", help="behind Ray Serve and HAProxy")
     parser.add_argument("--tokenizer", help="checkpoint directory; default: one token a byte")
     args = parser.parse_args()
     rows = measure(args)
     print(f"{args.streams} streams of {args.route}, router over {args.transport}, no model")
     print(
         table(
-            ["offered tok/s", "tok/s", "CPU-ms/tok", "CPU share", "reads/tok"],
+            ["offered tok/s", "tok/s", "CPU-ms/tok", "proxy", "CPU share", "reads/tok"],
             [
                 [
                     round(row["rate"]),
                     row["tokens_per_s"],
                     row["cpu_ms_per_token"],
+                    row["proxy_cpu_ms_per_token"],
                     row["gateway_cpu_share"],
-                    row["writes_per_token"],
+                    row["reads_per_token"],
                 ]
                 for row in rows
             ],
@@ -272,7 +376,9 @@ def main() -> None:
     kept_up = [row["rate"] for row in rows if row["tokens_per_s"] > 0.95 * row["rate"]]
     results = {
         "rows": rows,
-        "worst_cpu_ms_per_token": max(row["cpu_ms_per_token"] for row in rows),
+        "worst_cpu_ms_per_token": max(
+            row["cpu_ms_per_token"] + row["proxy_cpu_ms_per_token"] for row in rows
+        ),
         "highest_tokens_per_s": max(row["tokens_per_s"] for row in rows),
         "kept_up_to_tokens_per_s": max(kept_up, default=None),
         "load_average": psutil.getloadavg()[0],
