@@ -12,6 +12,7 @@ from typing import Any
 import ray
 import torch
 
+from raymoe.checkpoint.record import check_files, close_files
 from raymoe.checkpoint.spec import ModelSpec
 from raymoe.config import DeploymentConfig, read_secret
 from raymoe.errors import ConfigError
@@ -45,6 +46,7 @@ class ExpertGroup:
         spec = ModelSpec.from_json(spec_json)
         if device != "cpu" and not torch.cuda.is_available():
             raise ConfigError(f"group {group_id}: device {device!r} is not to be had here")
+        check_files(spec)  # this node's copy must be the checkpoint the others serve
         self._ended = threading.Event()
         self._node, address = _where()
         self._runtime = GroupRuntime(
@@ -79,6 +81,7 @@ class ExpertGroup:
         """Loads replicas (layer, expert) from the checkpoint; the bytes then resident."""
         for layer, expert in pairs:
             self._runtime.add_from_checkpoint(layer, expert)
+        close_files()  # their pages would count as this process's memory
         return self._runtime.shard.resident_bytes
 
     def copy(self, pairs: list[tuple[int, int]], source: dict[str, Any]) -> int:
