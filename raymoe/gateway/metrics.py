@@ -48,10 +48,8 @@ class Counter(Metric):
             yield f"{self.name}{_labels(self.label_names, labels)} {_number(value)}"
 
 
-class Gauge(Metric):
-    """Read when asked for: `read` gives {labels: value}."""
-
-    kind = "gauge"
+class Reading(Metric):
+    """A gauge or counter kept elsewhere, read when asked for: `read` gives {labels: value}."""
 
     def __init__(
         self,
@@ -59,8 +57,10 @@ class Gauge(Metric):
         text: str,
         read: Callable[[], Mapping[Labels, float]],
         label_names: Labels = (),
+        kind: str = "gauge",
     ) -> None:
         super().__init__(name, text, label_names)
+        self.kind = kind
         self._read = read
 
     def samples(self) -> Iterable[str]:
@@ -114,14 +114,15 @@ class Registry:
         self._metrics.append(metric)
         return metric
 
-    def gauge(
+    def reading(
         self,
         name: str,
         text: str,
         read: Callable[[], Mapping[Labels, float]],
         label_names: Labels = (),
-    ) -> Gauge:
-        metric = Gauge(name, text, read, label_names)
+        kind: str = "gauge",
+    ) -> Reading:
+        metric = Reading(name, text, read, label_names, kind)
         self._metrics.append(metric)
         return metric
 

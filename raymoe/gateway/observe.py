@@ -32,23 +32,24 @@ class GatewayMetrics:
         self.request_s = registry.histogram(
             "raymoe_request_duration_seconds", "From the request to its last token."
         )
-        registry.gauge(
+        registry.reading(
             "raymoe_gateway_requests_in_flight",
             "Outputs being generated for this gateway.",
             lambda: {(): backend.in_flight},
         )
-        registry.gauge(
-            "raymoe_gateway_resubmitted",
-            "Requests that went on at another router since the start.",
+        registry.reading(
+            "raymoe_gateway_resubmitted_total",
+            "Outputs that went on at another router.",
             lambda: {(): backend.resubmitted},
+            kind="counter",
         )
-        registry.gauge(
+        registry.reading(
             "raymoe_gateway_routers",
             "Routers connected to this gateway.",
             lambda: {(): len(backend.routers())},
         )
         for name in ("running", "waiting"):
-            registry.gauge(
+            registry.reading(
                 f"raymoe_router_requests_{name}",
                 f"Requests {name} at a router, of all gateways.",
                 lambda name=name: self._loads(name),  # type: ignore[misc]

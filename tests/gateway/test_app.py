@@ -53,6 +53,8 @@ def test_metrics_are_prometheus_text_and_count() -> None:
             assert values[f'raymoe_{name}_seconds_bucket{{le="+Inf"}}'] == "2"
         assert values["raymoe_gateway_requests_in_flight"] == "0"
         assert values["raymoe_gateway_routers"] == "1"
+        assert values["raymoe_gateway_resubmitted_total"] == "0"
+        assert "# TYPE raymoe_gateway_resubmitted_total counter" in lines
         assert values['raymoe_router_requests_waiting{router="router-0"}'] == "0"
 
     asyncio.run(main())
