@@ -40,13 +40,16 @@ def spread_over_replicas(expert_of_pair: Ints, by_group: Ints) -> Ints:
     -> int64 [P]. Pairs of one expert go to groups in ascending order, so neighbouring tokens
     share a group. Pairs of experts whose row is empty get -1.
     """
-    groups = by_group.shape[1]
-    placed = by_group.sum(axis=1)  # [E]
-    served = np.flatnonzero(placed[expert_of_pair] > 0)
-    order = served[np.argsort(_narrow(expert_of_pair[served], len(by_group)), kind="stable")]
-    labels = np.tile(np.arange(groups), len(by_group))  # [E * G]
+    experts, groups = by_group.nonzero()  # ascending by expert, then group
+    group_of_sorted = groups.repeat(by_group[experts, groups])
+    narrow = _narrow(expert_of_pair, len(by_group))
+    if len(group_of_sorted) == len(expert_of_pair):
+        group_of_pair = np.empty(len(expert_of_pair), dtype=np.int64)
+        group_of_pair[narrow.argsort(kind="stable")] = group_of_sorted
+        return group_of_pair
     group_of_pair = np.full(len(expert_of_pair), -1, dtype=np.int64)
-    group_of_pair[order] = np.repeat(labels, by_group.ravel())
+    served = by_group.any(axis=1)[expert_of_pair].nonzero()[0]
+    group_of_pair[served[narrow[served].argsort(kind="stable")]] = group_of_sorted
     return group_of_pair
 
 

@@ -403,6 +403,31 @@ def test_empty_batch() -> None:
         client.close()
 
 
+def test_until_a_new_home_is_reached_the_old_one_serves() -> None:
+    a, b = ScriptedGroup("a", {(0, 0), (0, 1)}), ScriptedGroup("b", {(0, 0)})
+    fleet = Fleet([a, b], 1, 2)
+    client = make_client(fleet, stall_limit_s=0.2)
+    moved = np.zeros((1, 2, 2), np.bool_)
+    moved[0, 0, 1] = moved[0, 1, 0] = True  # expert 0 moves to b
+    try:
+        client.set_table(fleet.table(1))
+        wait_until(lambda: client.connected() == ("a", "b"))
+        b.reachable = False
+        b.links[0].fail("the network is gone")
+        wait_until(lambda: client.connected() == ("a",))
+        client.set_table(fleet.table(2, resident=moved))
+        batch = (torch.ones(2, HIDDEN), torch.tensor([[0, 1], [1, 0]]), torch.ones(2, 2))
+        check(client, 0, batch)
+        a.resident = {(0, 1)}  # and once it is dropped there, the new home must be reached
+        with pytest.raises(ExpertsUnavailable, match="layer 0"):
+            check(client, 0, batch)
+        b.reachable = True
+        client.set_table(fleet.table(3, resident=moved))
+        check(client, 0, batch)
+    finally:
+        client.close()
+
+
 def test_links_of_removed_groups_close_and_new_incarnations_get_new_links() -> None:
     a, b = ScriptedGroup("a", {(0, 0)}), ScriptedGroup("b", {(0, 0)})
     fleet = Fleet([a, b], 1, 1)
