@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 from collections import deque
@@ -17,6 +18,7 @@ from raymoe.engine.batch import Chunks
 from raymoe.engine.blocks import BlockPool
 from raymoe.engine.cached import CachedModel
 from raymoe.engine.config import EngineConfig
+from raymoe.engine.facts import eos_ids, longest_context
 from raymoe.engine.output import (
     Reading,
     end_of,
@@ -34,6 +36,8 @@ from raymoe.engine.stats import EngineStats
 from raymoe.errors import ExpertsUnavailable, Overloaded, RequestError
 from raymoe.requests import FinishReason, GenerationRequest, TokenEvent, TokenLogprobs
 
+log = logging.getLogger(__name__)
+
 
 class Engine:
     """Runs a transformers causal language model whose routed experts are behind `experts`.
@@ -47,10 +51,14 @@ class Engine:
         self, model: Any, experts: Experts | None = None, config: EngineConfig | None = None
     ) -> None:
         self.config = config or EngineConfig()
-        self.eos_ids = _eos_ids(model)
+        self.eos_ids = eos_ids(model)
         self._model = _runnable(model, experts, self.config)
         self.pool = self._model.pool
-        self.max_context = min(self.pool.capacity_tokens, *_limits(model, self.config))
+        self.max_context = min(
+            self.pool.capacity_tokens,
+            longest_context(model),
+            self.config.max_context or sys.maxsize,
+        )
         self._scheduler = Scheduler(
             self.pool,
             max_batch=self.config.max_batch,
@@ -94,6 +102,11 @@ class Engine:
     def has_work(self) -> bool:
         """Whether a step would do anything."""
         return bool(self._known)
+
+    @property
+    def packed(self) -> bool:
+        """Whether all requests share one forward a step; if not, each has its own (slower)."""
+        return isinstance(self._model, PagedModel)
 
     @property
     def preemptions(self) -> int:
@@ -240,22 +253,9 @@ def _runnable(model: Any, experts: Experts | None, config: EngineConfig) -> Runn
         paged = PagedModel(model, experts, config)
         if paged.agrees(truth, experts):
             return paged
+        log.warning(
+            "packed attention does not give %s its own logits: its requests run one by one",
+            model.config.model_type,
+        )
         model.set_attn_implementation(stock)
     return CachedModel(model, experts, config)
-
-
-def _eos_ids(model: Any) -> frozenset[int]:
-    """Ids that end a text: the generation config's, else the model config's."""
-    for source in (getattr(model, "generation_config", None), model.config.get_text_config()):
-        ids = getattr(source, "eos_token_id", None)
-        if ids is not None:
-            return frozenset([ids] if isinstance(ids, int) else ids)
-    return frozenset()
-
-
-def _limits(model: Any, config: EngineConfig) -> list[int]:
-    """The context lengths that the checkpoint and the settings allow, as far as they say."""
-    own = model.config.get_text_config()
-    names = ("max_position_embeddings", "max_seq_len")
-    found = [getattr(own, name, None) for name in names]
-    return [limit for limit in (*found, config.max_context, sys.maxsize) if limit is not None]

@@ -8,6 +8,7 @@ import torch
 
 from raymoe.engine.config import EngineConfig
 from raymoe.engine.engine import Engine
+from raymoe.engine.facts import longest_context
 from raymoe.errors import ConfigError, ExpertsUnavailable, Overloaded, RequestError
 from tests.engine.support import (
     SMALL,
@@ -71,6 +72,19 @@ def test_eos_ids_come_from_the_generation_config_then_the_config() -> None:
     assert Engine(model, None, EngineConfig(**SMALL)).eos_ids == {7, 9}
     model.generation_config.eos_token_id = None
     assert Engine(model, None, EngineConfig(**SMALL)).eos_ids == {2}
+
+
+def test_rotary_embeddings_that_depend_on_the_company_are_kept_short() -> None:
+    model: Any = stock_model()
+    assert longest_context(model) == 512
+    model.config.rope_parameters = {
+        "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 128,
+    }  # fmt: skip
+    assert longest_context(model) == 128
+    model.config.rope_parameters = {"full_attention": model.config.rope_parameters}
+    assert longest_context(model) == 128
+    model.config.rope_parameters["full_attention"]["rope_type"] = "yarn"
+    assert longest_context(model) == 512
 
 
 def test_stop_token_ids_count_even_when_eos_does_not(engine: Engine) -> None:

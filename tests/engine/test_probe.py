@@ -56,10 +56,13 @@ def test_what_a_token_costs_is_measured(family: str, kind: type, token_bytes: in
     assert model.token_bytes == token_bytes
 
 
-def test_a_family_whose_name_tells_nothing_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_family_whose_name_tells_nothing_is_found_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     for family in ("jamba", "minimax", "lfm2_moe"):
         monkeypatch.setattr(engine_module, "attention_kind", lambda model: "softmax")
-        assert isinstance(stock_engine(family)._model, CachedModel)
+        assert not stock_engine(family).packed
+        assert family in caplog.text
 
 
 def test_states_besides_keys_and_values_count_as_blocks() -> None:
