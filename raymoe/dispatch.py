@@ -48,7 +48,7 @@ def spread_over_replicas(expert_of_pair: Ints, by_group: Ints) -> Ints:
         group_of_pair[narrow.argsort(kind="stable")] = group_of_sorted
         return group_of_pair
     group_of_pair = np.full(len(expert_of_pair), -1, dtype=np.int64)
-    served = by_group.any(axis=1)[expert_of_pair].nonzero()[0]
+    served = (by_group.sum(axis=1)[expert_of_pair] > 0).nonzero()[0]
     group_of_pair[served[narrow[served].argsort(kind="stable")]] = group_of_sorted
     return group_of_pair
 
