@@ -6,13 +6,14 @@ import asyncio
 import inspect
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from raymoe.errors import Overloaded, PeerLost, RaymoeError, RouterUnavailable
 from raymoe.gateway.backend import RouterState
 from raymoe.gateway.connection import RouterConnection
+from raymoe.gateway.open_request import OpenRequest
 from raymoe.links.handshake import Identity
-from raymoe.requests import FinishReason, GenerationRequest, TokenEvent
+from raymoe.requests import GenerationRequest, TokenEvent
 from raymoe.stream.messages import ModelInfo, StreamEndpoint
 
 log = logging.getLogger(__name__)
@@ -36,24 +37,6 @@ class PoolConfig:
     silence_s: float = 10.0
     max_resubmits: int = 3
     retry_after_s: float = 1.0
-
-
-@dataclass(eq=False, kw_only=True)
-class OpenRequest:
-    """One choice: what was asked, what has come, and who works on it. Is the Generation."""
-
-    pool: RouterPool
-    request: GenerationRequest
-    deliver: Callable[[TokenEvent], None]
-    fail: Callable[[RaymoeError], None]
-    output_ids: list[int] = field(default_factory=list)
-    connection: RouterConnection | None = None
-    wire_id: str = ""
-    attempts: int = 0
-    timer: asyncio.TimerHandle | None = None  # while it waits for a router
-
-    def cancel(self) -> None:
-        self.pool._cancel(self)
 
 
 class RouterPool:
@@ -157,7 +140,7 @@ class RouterPool:
         fail: Callable[[RaymoeError], None],
     ) -> OpenRequest:
         self.admit(1)
-        opened = OpenRequest(pool=self, request=request, deliver=deliver, fail=fail)
+        opened = OpenRequest(request=request, deliver=deliver, fail=fail, cancel_with=self._cancel)
         self._send(opened)
         return opened
 
@@ -166,10 +149,8 @@ class RouterPool:
     def _send(self, opened: OpenRequest) -> None:
         """To the least loaded router; waits for one when there is none."""
         while (connection := self._pick()) is not None:
-            opened.attempts += 1
-            opened.wire_id = f"{opened.request.request_id}.{opened.attempts}"
             try:
-                connection.submit(_attempt(opened))
+                connection.submit(opened.next_attempt())
             except PeerLost:  # lost this moment; its own loss is being handled
                 connection.mark_lost()
                 continue
@@ -264,7 +245,7 @@ class RouterPool:
                 self._go_on(opened, f"lost router {connection.router_id}: {why}")
 
     def _go_on(self, opened: OpenRequest, why: str) -> None:
-        ended = _ended_already(opened, self._model)
+        ended = opened.ended_already(self._model)
         if ended is not None:
             opened.deliver(TokenEvent(request_id=opened.wire_id, finish=ended))
             return
@@ -306,26 +287,3 @@ class RouterPool:
                 if not connection.own:
                     del self._connections[endpoint]
                     connection.stop()
-
-
-def _attempt(opened: OpenRequest) -> GenerationRequest:
-    request = replace(
-        opened.request, request_id=opened.wire_id, output_ids=tuple(opened.output_ids)
-    )
-    if opened.output_ids and request.sampling.prompt_logprobs is not None:
-        # They came with the first event.
-        request = replace(request, sampling=replace(request.sampling, prompt_logprobs=None))
-    return request
-
-
-def _ended_already(opened: OpenRequest, model: ModelInfo | None) -> FinishReason | None:
-    """How a request ended whose router was lost after its last token but before saying so."""
-    sampling, output_ids = opened.request.sampling, opened.output_ids
-    if not output_ids:
-        return None
-    stops = set(sampling.stop_token_ids)
-    if model is not None and not sampling.ignore_eos:
-        stops.update(model.eos_ids)
-    if output_ids[-1] in stops and len(output_ids) > sampling.min_tokens:
-        return "stop"
-    return "length" if len(output_ids) >= sampling.max_tokens else None
