@@ -134,14 +134,13 @@ def run_case(trace: Trace, kind: str, costs: Costs) -> dict[str, Any]:
     top_k = next(k for name, k in TOP_K.items() if trace.name.startswith(name))
     lost_at = len(windows) // 2 if kind == "one lost" else len(windows)
     runs = Runs(fleet, quarter, slots, windows)
-    rng = np.random.default_rng(0)
     for i in range(len(windows) - 1):
         runs.see(windows[i])
         if i < WARM_UP - 1:
             continue
         if i + 1 == lost_at:
             runs.lose(len(fleet.groups) - 1)
-        runs.score(windows[i + 1], costs, top_k, rng)
+        runs.score(windows[i + 1], costs, top_k)
     rows = [runs.row(tally) for tally in runs.tallies.values()]
     head = ["planner", "no split", "split", "net", "moves", "extra"]
     head += [f"us@{n}" for n in BATCH_TOKENS]
@@ -168,8 +167,8 @@ def reach(rows: dict[str, dict[str, Any]], kind: str) -> list[str]:
         base = fast["split"]
         want = min(1.25 * base, base + 0.4 * (1 - base))
         out.append(verdict("EPLB with speeds and split, 1.25 x or 40 %", delta["split"], want))
-        low = rows["delta, 1/4 memory"]
-        out.append(verdict("a quarter of the replica memory", low["split"], delta["split"] - 0.02))
+        low = rows["delta, 1/4 replicas"]
+        out.append(verdict("a quarter of EPLB's replicas", low["split"], delta["split"] - 0.02))
     if kind == "equal":
         out.append(
             verdict("EPLB less half a point (split)", delta["split"], plain["split"] - 0.005)
@@ -193,6 +192,7 @@ class Runs:
         self.fleet, self.quarter, self.slots = fleet, quarter, slots
         self.forecaster = Forecaster(*windows.shape[1:])
         self.average: np.ndarray | None = None
+        self.seen = 0
         self.tallies: dict[str, Tally] = {}
         self.fixed: dict[str, np.ndarray] = {}
         self.current: dict[str, Placement] = {}
@@ -201,6 +201,7 @@ class Runs:
 
     def see(self, window: np.ndarray) -> None:
         self.forecaster.update(window)
+        self.seen += 1
         old = self.average
         self.average = window * 1.0 if old is None else 0.5 * old + 0.5 * window
 
@@ -212,11 +213,11 @@ class Runs:
             self.current[name] = regroup(placement, ids, self.fleet.ids)
         self.fixed = {}
 
-    def score(self, window: np.ndarray, costs: Costs, top_k: int, rng: np.random.Generator) -> None:
+    def score(self, window: np.ndarray, costs: Costs, top_k: int) -> None:
         speed = np.array([g.speed for g in self.fleet.groups])
         ideal = float(window.sum() / speed.sum())
         for name, (resident, share) in self.plans(window, speed).items():
-            room = self.quarter if "1/4" in name else self.fleet
+            room = self.quarter if "1/4 memory" in name else self.fleet
             if not name.startswith("EPLB") or self.fits(resident):
                 verify(resident, share, room)
             split = by_split(resident, window, speed)
@@ -225,10 +226,12 @@ class Runs:
             plain = self.no_split.setdefault(name, Tally(name=name))
             plain.add(resident, self.fleet, by_share(share, window, speed), ideal)
             for tokens in BATCH_TOKENS:
-                seconds = batch_time(
-                    resident, window, speed, costs, tokens * top_k, rng, True, share
-                )
-                tally.times.setdefault(tokens, []).append(seconds)
+                for draw in range(6 if tokens == 1 else 1):
+                    same = np.random.default_rng([self.seen, draw])  # the same for all planners
+                    seconds = batch_time(
+                        resident, window, speed, costs, tokens * top_k, same, True, share
+                    )
+                    tally.times.setdefault(tokens, []).append(seconds)
 
     def fits(self, resident: np.ndarray) -> bool:
         held = np.einsum("leg,l->g", resident.astype(np.int64), self.fleet.expert_bytes)
@@ -254,14 +257,21 @@ class Runs:
             out[name] = share > 0, share
         forecast = self.forecaster.forecast().scaled(1 / step_s)
         config = PlanConfig(horizon_s=STEPS * step_s)
-        for name, fleet in (("delta", self.fleet), ("delta, 1/4 memory", self.quarter)):
+        few = int(self.fleet.expert_bytes.sum()) * groups // 4  # a quarter of EPLB's extra slots
+        for name, fleet, budget in (
+            ("delta", self.fleet, None),
+            ("delta, 1/4 replicas", self.fleet, few),
+            ("delta, 1/4 memory", self.quarter, None),
+        ):
             now = self.current.get(name)
+            config = replace(config, budget_bytes=budget)
             if now is None:
                 plan = full_plan(forecast, fleet, replace(config, rounds=40))
             else:
                 plan = delta_plan(forecast, fleet, now, config)
             self.current[name] = plan.placement
             out[name] = plan.placement.resident, plan.placement.share
+        config = replace(config, budget_bytes=None)
         plan = full_plan(forecast, self.fleet, config)
         out["full every window"] = plan.placement.resident, plan.placement.share
         truth = window / step_s

@@ -50,6 +50,8 @@ def _change_line(change: Change, plan: Plan, fleet: Fleet) -> str:
             f"swap {what} on {source} with expert {change.other_expert} on {target}, "
             f"because {source} is the slowest: {numbers}"
         )
+    if change.kind == "move":
+        return f"move {what} from {source} to {target}, because {source} is the slowest: {numbers}"
     if change.kind == "replace":
         return (
             f"add {what} on {target} in place of layer {change.other_layer} expert "

@@ -114,6 +114,13 @@ class _Problem:
             return load
         return load + reads * batches * -np.expm1(-load / batches)
 
+    def _nodes(self) -> Ints | None:
+        """The node of each group, as a number; None when no loss is to be survived."""
+        if self.fleet.survive == "none":
+            return None
+        names = sorted({g.node for g in self.fleet.groups})
+        return np.array([names.index(g.node) for g in self.fleet.groups])
+
     def cases(self, most: int) -> Floats:
         """The most telling scenarios, at most `most`, float64 [L, M, E]."""
         if most == 1:
@@ -152,6 +159,7 @@ class _Problem:
             margin=margin,
             byte_limit=limit,
             pool=pool,
+            node=self._nodes(),
         )
         searcher.run(rounds)
         return searcher

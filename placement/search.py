@@ -21,6 +21,7 @@ _TARGETS = 8  # groups looked at as new homes, least pressed first
 _EXPERTS = 16  # experts of the pressed group looked at, busiest first
 _HOPE = 0.3  # proposals promising this part of the margin are tried
 _FAILS = 8  # a layer rests after so many proposals that did not pay
+_TOGETHER = 0.8  # what a replica on the same node is worth, where losses are to be survived
 _REFRESH = 3  # the list of replicas to evict is made anew every so many rounds
 _VICTIMS = 32  # replicas of a group looked at for eviction, least missed first
 
@@ -29,12 +30,12 @@ _VICTIMS = 32  # replicas of a group looked at for eviction, least missed first
 class Change:
     """One accepted action. `gain` and `price` in seconds of work a second (see Searcher)."""
 
-    kind: str  # "add", "replace", "swap"
+    kind: str  # "add", "replace", "move", "swap"
     layer: int
     expert: int
     source: int  # the pressed group it relieves
     target: int  # where the new replica goes
-    other_layer: int = -1  # replace: the evicted replica; swap: the expert that comes back
+    other_layer: int = -1  # replace, move: the replica given up; swap: the expert that comes back
     other_expert: int = -1
     loaded_bytes: int = 0
     gain: float = 0.0
@@ -51,7 +52,7 @@ class _Proposal:
     target: int
     other: int
     price: float
-    evicts: tuple[int, int] | None = None
+    evicts: tuple[int, int, int] | None = None  # layer, expert, group given up
     instead: _Proposal | None = None  # the swap to take when no bytes can be had
 
 
@@ -67,6 +68,7 @@ class Searcher:
     price     float64 [G], what loading one byte onto the group costs, in seconds of work a second
     margin    least gain of an action over its price, as a part of the layer's time
     byte_limit  most bytes loaded in all; pool: most bytes by which the layout may grow
+    node      int [G], given when a second replica shall rather be on another node
     """
 
     def __init__(
@@ -83,11 +85,13 @@ class Searcher:
         margin: float,
         byte_limit: float = np.inf,
         pool: float = np.inf,
+        node: Ints | None = None,
     ) -> None:
         self.load, self.resident, self.allowed = load, resident, allowed
         self.room, self.size, self.rate, self.base = room, size, rate, base
         self.price, self.margin, self.byte_limit = price, margin, byte_limit
         self.pool = pool
+        self.node = node
         self.layers, self.cases, self.experts = load.shape
         self.groups = len(rate)
         self.mean_load = load.mean(1)
@@ -133,8 +137,7 @@ class Searcher:
         pressure = powered(relative).mean(1)  # [N, G]
         source = pressure.argmax(1)
         size = self.size[live][:, None]
-        has_room = (self.room[None, :] >= size) & (self.pool >= size)
-        has_room |= self._has_victim[None, :]
+        has_room = (self.room[None, :] >= size) | self._has_victim[None, :]
         mean = relative.mean(1) + np.where(has_room, 0.0, 0.02) + np.where(self.allowed, 0, 1e6)
         mean[np.arange(len(live)), source] = np.inf
         width = min(_TARGETS, self.groups - 1)
@@ -151,10 +154,14 @@ class Searcher:
         unit = np.maximum(scale[:, :, 0], 1e-300)  # [N, M]
         calc = _Gains(self.rate, relative, unit, source, target)
         adds = calc.add(amount)  # [N, S, T]
+        if self.node is not None:
+            together = self.node[target] == self.node[source][:, None]
+            adds = adds * np.where(together, _TOGETHER, 1.0)[:, None, :]
         price = self.size[live][:, None] * self.price[target]  # [N, T]
         closed = self.resident[live[:, None, None], expert[:, :, None], target[:, None, :]]
         closed = closed | self._tabu[live[:, None, None], expert[:, :, None], target[:, None, :]]
         closed |= ~self.allowed[target][:, None, :] | ~has_room[n, target][:, None, :]
+        closed |= (amount.mean(2) <= 0)[:, :, None]
         add_net = np.where(closed, -np.inf, adds - price[:, None, :])
         best_add = add_net.reshape(len(live), -1).argmax(1)
         swap_net, swap_price, partner = self._swaps(live, source, target, expert, amount, calc)
@@ -238,7 +245,9 @@ class Searcher:
         rep, hosts, flow = poured.rep, poured.hosts, poured.flow
         if not rep.shape[1]:
             self._victim_at = np.zeros(self.groups + 1, np.int64)
-            self._victim_rows = (np.zeros(0), rep[:, 0:0].ravel(), rep[:, 0:0].ravel())
+            none = rep[:, 0:0].ravel()
+            self._victim_rows = (np.zeros(0), none, none, none)
+            self._victim_rank = none
             return np.zeros(self.groups, np.bool_)
         rates = np.append(self.rate, 0.0)[hosts]  # [L, R, C]
         others = np.maximum(rates.sum(2, keepdims=True) - rates, 1e-300)
@@ -260,7 +269,8 @@ class Searcher:
         layer, r, c = np.nonzero((hosts < self.groups) & is_rep[:, :, None])
         group, value = hosts[layer, r, c], missed[layer, r, c]
         order = np.lexsort((value, group))
-        self._victim_rows = (value[order], layer[order], rep[layer, r][order])
+        self._victim_rows = (value[order], layer[order], rep[layer, r][order], group[order])
+        self._victim_rank = np.argsort(self._victim_rows[0], kind="stable")  # least missed first
         self._victim_at = np.searchsorted(group[order], np.arange(self.groups + 1))
         return self._victim_at[1:] > self._victim_at[:-1]
 
@@ -279,7 +289,7 @@ class Searcher:
                 continue
             size = int(self.size[p.layer])
             if p.kind == 0 and (room[p.target] < size or pool < size):
-                self._evict(p, room, touched, acting, used)
+                self._evict(p, int(room[p.target]), pool, touched, acting, used)
                 if not p.evicts:
                     if not p.instead:
                         self._reject(p)
@@ -289,40 +299,54 @@ class Searcher:
             if bytes_loaded > left:
                 self._fails[p.layer] = _FAILS
                 continue
-            if p.kind == 0:
+            if p.evicts:
+                # what an eviction leaves over is not lent out before it has proved its worth
+                freed = int(self.size[p.evicts[0]])
+                same_group = freed if p.evicts[2] == p.target else 0
+                room[p.target] = min(room[p.target], room[p.target] + same_group - size)
+                pool = min(pool, pool + freed - size)
+                touched.add(p.evicts[0])
+            elif p.kind == 0:
                 room[p.target] -= size
                 pool -= size
-            if p.evicts:
-                room[p.target] += int(self.size[p.evicts[0]])
-                pool += int(self.size[p.evicts[0]])
-                touched.add(p.evicts[0])
             touched.add(p.layer)
             left -= bytes_loaded
             taken.append(p)
         return taken
 
     def _evict(
-        self, p: _Proposal, room: Ints, touched: set[int], acting: dict[int, float], used: set[int]
+        self,
+        p: _Proposal,
+        room: int,
+        pool: float,
+        touched: set[int],
+        acting: dict[int, float],
+        used: set[int],
     ) -> None:
-        """Name the replica to give up for an add, if one is worth less than the add gains."""
-        values, layers, experts = self._victim_rows
+        """Name the replica to give up for an add: one on the same group when bytes are short
+        there; when only the pool is short, the expert's own on the pressed group (it moves) or
+        the replica that is missed least anywhere."""
+        values, layers, experts, groups = self._victim_rows
         size = int(self.size[p.layer])
+        if room >= size and self._copies[p.layer, p.expert] == 1:
+            p.evicts = (p.layer, p.expert, p.source)
+            return
         start, end = int(self._victim_at[p.target]), int(self._victim_at[p.target + 1])
-        for i in range(start, min(start + _VICTIMS, end)):
-            layer, expert = int(layers[i]), int(experts[i])
+        rows = range(start, min(start + _VICTIMS, end))
+        for i in rows if room < size else self._victim_rank[:_VICTIMS].tolist():
+            layer, expert, group = int(layers[i]), int(experts[i]), int(groups[i])
             if p.net - float(values[i]) <= 0:
                 return
             if i in used or layer in touched or (layer == p.layer and expert == p.expert):
                 continue
-            if not self.resident[layer, expert, p.target] or self._copies[layer, expert] < 2:
+            if not self.resident[layer, expert, group] or self._copies[layer, expert] < 2:
                 continue  # the list is a few rounds old
-            if int(room[p.target]) + int(self.size[layer]) < size:
-                continue
-            if self.pool < np.inf and self.pool + int(self.size[layer]) < size:
+            freed = int(self.size[layer])
+            if room + (freed if group == p.target else 0) < size or pool + freed < size:
                 continue
             if layer != p.layer and acting.get(layer, 0.0) > p.net / 2:
                 continue  # that layer has better to do this round
-            p.evicts = (layer, expert)
+            p.evicts = (layer, expert, group)
             used.add(i)
             return
 
@@ -369,8 +393,8 @@ class Searcher:
             return
         self._take(p.target, size)
         if p.evicts:
-            self.resident[p.evicts[0], p.evicts[1], p.target] = False
-            self._take(p.target, -int(self.size[p.evicts[0]]))
+            self.resident[p.evicts] = False
+            self._take(p.evicts[2], -int(self.size[p.evicts[0]]))
 
     def _undo(self, p: _Proposal) -> None:
         size = int(self.size[p.layer])
@@ -383,8 +407,8 @@ class Searcher:
             return
         self._take(p.target, -size)
         if p.evicts:
-            self.resident[p.evicts[0], p.evicts[1], p.target] = True
-            self._take(p.target, int(self.size[p.evicts[0]]))
+            self.resident[p.evicts] = True
+            self._take(p.evicts[2], int(self.size[p.evicts[0]]))
 
     def _take(self, group: int, size: int) -> None:
         self.room[group] -= size
@@ -395,7 +419,9 @@ class Searcher:
         self.loaded += loaded
         self._fails[p.layer] = 0
         kind = "swap" if p.kind else ("replace" if p.evicts else "add")
-        other = p.evicts or ((p.layer, p.other) if p.kind else (-1, -1))
+        if p.evicts and p.evicts[:2] == (p.layer, p.expert):
+            kind = "move"
+        other = p.evicts[:2] if p.evicts else ((p.layer, p.other) if p.kind else (-1, -1))
         self.changes.append(
             Change(
                 kind=kind,
@@ -429,7 +455,9 @@ class _Gains:
         self._source = relative[n, :, source]  # [N, M]
         self._target = relative[n[:, None], :, target]  # [N, T, M]
         ordered = np.partition(relative, -2, axis=2)
-        self._second = ordered[:, :, -2]  # [N, M]
+        # what stays the slowest when the pressed group is relieved: where it is not the slowest
+        # in a scenario, the one that is
+        self._rest = np.where(self._source >= 1 - 1e-12, ordered[:, :, -2], 1.0)  # [N, M]
 
     def add(self, amount: Floats) -> Floats:
         """amount [N, S, M] pairs/s of the expert on the source -> mean gain [N, S, T]."""
@@ -463,7 +491,7 @@ class _Gains:
         total = self._total[:, None, None, :] - was
         total = total + share_source * powered(down) + share_target * powered(up)
         norm = np.maximum(total, 1e-300) ** (1 / POWER)
-        worst = np.maximum(np.maximum(down, up), self._second[:, None, None, :])
+        worst = np.maximum(np.maximum(down, up), self._rest[:, None, None, :])
         gain = (1 - SOFT) * (1 - worst) + SOFT * (self._norm[:, None, None, :] - norm)
         result: Floats = (gain * unit).mean(-1)
         return result

@@ -11,7 +11,7 @@ from placement.autoscale import Autoscaler, Kind, ScaleConfig, moving_bytes
 from placement.errors import DoesNotFit, PlacementError
 from placement.forecast import Forecast
 from placement.initial import place_at_start
-from placement.planner import full_plan
+from placement.planner import PlanConfig, full_plan
 from placement.survive import shortfall
 from tests.placement.fleets import fleet
 
@@ -54,6 +54,20 @@ def test_a_plan_that_would_not_survive_is_refused():
     forecast = Forecast(load=load, scenarios=load[None], spread=load * 0)
     with pytest.raises(DoesNotFit, match=r"survive: node .* 80 bytes"):
         full_plan(forecast, fleet(groups=4, slots=20, survive="node"))
+
+
+def test_second_replicas_prefer_another_node():
+    rng = np.random.default_rng(0)
+    load = rng.lognormal(0, 1.5, (3, 16)) * 1e4
+    forecast = Forecast(load=load, scenarios=load[None], spread=load * 0)
+    apart = {}
+    for survive in ("none", "node"):
+        spec = fleet(groups=4, slots=30, survive=survive)
+        resident = full_plan(forecast, spec, PlanConfig(margin=0.0)).placement.resident
+        nodes = np.stack([resident[:, :, 0::2].any(2), resident[:, :, 1::2].any(2)]).all(0)
+        twice = resident.sum(2) > 1
+        apart[survive] = (nodes & twice).sum() / max(twice.sum(), 1)
+    assert apart["node"] >= apart["none"] and apart["node"] > 0.6
 
 
 def scaler(**more):
