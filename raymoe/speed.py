@@ -55,7 +55,7 @@ def fit_speed(samples: Iterable[tuple[int, int, float]]) -> GroupSpeed | None:
                 best = (error, full)
     if best is None or best[1][1] <= 0:
         return None
-    alpha_s, pair_s, gamma_s = best[1]
+    alpha_s, pair_s, gamma_s = best[1].tolist()
     return GroupSpeed(alpha_s=alpha_s, pairs_per_s=1.0 / pair_s, gamma_s=gamma_s)
 
 
