@@ -229,7 +229,7 @@ class PlacementController:
         with self._lock:
             if life != group.incarnation or error is not None:
                 if error is not None:
-                    group.last_error = _reason(error)
+                    group.last_error = reason(error)
                 return  # the open call tells of the death
             group.endpoint = GroupEndpoint.from_dict(answer["endpoint"])
             group.node, group.pid = answer["node"], answer["pid"]
@@ -251,7 +251,7 @@ class PlacementController:
             group.resident_bytes = 0
             group.pid = 0
             if error is not None and not group.last_error:
-                group.last_error = _reason(error)
+                group.last_error = reason(error)
             if self._table is None and group.deaths >= _MAX_START_DEATHS:
                 self._failed = f"expert group {group.id} does not start: {group.last_error}"
                 return
@@ -312,7 +312,7 @@ class PlacementController:
             if life != group.incarnation:
                 return
             if error is not None:
-                group.last_error = _reason(error)
+                group.last_error = reason(error)
                 if not isinstance(error, ray.exceptions.RayActorError):
                     self._failed = f"expert group {group.id} cannot load: {group.last_error}"
                 return
@@ -393,11 +393,12 @@ def _listen_host(config: DeploymentConfig) -> str:
     return str(ray.util.get_node_ip_address()) if host == "node" else host
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """One line of why a Ray call failed."""
     cause = getattr(error, "cause", None) or error
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    return lines[-1] if lines else repr(cause)
+    last = lines[-1] if lines else repr(cause)
+    return last.partition(": ")[2] if last.startswith("raymoe.errors.") else last
 
 
 def _next_term(deployment: str) -> int:

@@ -16,8 +16,9 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.serve.context import _get_global_client
 
-from actors.controller import ensure_controller, find_controller
+from actors.controller import ensure_controller, find_controller, reason
 from actors.local import LocalRay, check_port_free
 from raymoe.config import DeploymentConfig, read_secret
 from raymoe.errors import ConfigError
@@ -41,7 +42,8 @@ def launch(
     Raises `ConfigError` (and other `RaymoeError`s) when the deployment cannot come up; whatever
     was started by then is gone.
     """
-    check_port_free(config.gateway.host, config.gateway.port)
+    if config.ray.address is None:  # in a cluster, Ray Serve may listen there already
+        check_port_free(config.gateway.host, config.gateway.port)
     stop = threading.Event()
     _say(f"raymoe: {summary}")
     bringing_up = _BringUp(config, spec_json, build, stop)
@@ -95,6 +97,8 @@ class _BringUp(threading.Thread):
             _announce(self._config, time.monotonic() - started)
         except _Stopped:
             pass
+        except (ray.exceptions.RayError, ConnectionError) as e:
+            self.failed = ConfigError(f"the deployment cannot start: {reason(e)}")
         except Exception as e:
             self.failed = e
         finally:
@@ -142,10 +146,22 @@ def _deploy(config: DeploymentConfig, build: Callable[..., Any], spec_json: str)
     )
     with _quiet_serve():
         serve.start(http_options={"host": config.gateway.host, "port": config.gateway.port})
+        _check_listening(config)
         serve.run_many(
             [serve.RunTarget(build(config, spec_json), name=config.name, route_prefix="/")],
             wait_for_ingress_deployment_creation=False,
             wait_for_applications_running=False,
+        )
+
+
+def _check_listening(config: DeploymentConfig) -> None:
+    """A Serve instance that runs already keeps its own address, whatever it is asked for."""
+    wanted = (config.gateway.host, config.gateway.port)
+    running = _get_global_client().http_config
+    if (running.host, running.port) != wanted:
+        raise ConfigError(
+            f"Ray Serve of this cluster listens on {running.host}:{running.port} already, not on "
+            f"{wanted[0]}:{wanted[1]}: use --host {running.host} --port {running.port}"
         )
 
 
@@ -213,6 +229,8 @@ def _take_down(config: DeploymentConfig, local: LocalRay | None) -> None:
         if local is None:
             with contextlib.suppress(ray.exceptions.RayError), _quiet_serve():
                 serve.delete(config.name)
+                if not serve.status().applications:
+                    serve.shutdown()
             ray.shutdown()
     if local is not None:
         local.stop()

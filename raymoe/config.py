@@ -230,7 +230,7 @@ def read_secret(config: DeploymentConfig) -> bytes:
         where = "RAYMOE_SECRET"
     if len(secret) < 16:
         raise ConfigError(
-            f"{where} must hold the deployment secret, 16 bytes or more; make one with "
-            "`python -c 'import secrets; print(secrets.token_hex(32))'`"
+            f"{where} must hold the deployment secret, 16 bytes or more, on every node of the "
+            "cluster; make one with `python -c 'import secrets; print(secrets.token_hex(32))'`"
         )
     return secret
