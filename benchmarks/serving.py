@@ -190,6 +190,59 @@ class Generate:
 # ---- the comparison
 
 
+ROLES = (
+    ("ray::ServeReplica:raymoe:Router", "router"),
+    ("ray::ServeReplica:raymoe:Gateway", "gateway (HTTP)"),
+    ("ray::ExpertGroup", "expert groups"),
+    ("ray::PlacementController", "placement controller"),
+    ("haproxy", "HAProxy"),
+)
+
+
+def cpu_seconds(server: Server) -> dict[str, float]:
+    """CPU seconds used so far, by role; everything else of Ray's is `Ray itself`."""
+    used: dict[str, float] = {}
+    for process in server.tree():
+        try:
+            line, times = " ".join(process.cmdline()), process.cpu_times()
+        except psutil.Error:
+            continue
+        role = next((name for key, name in ROLES if key in line), "Ray itself")
+        used[role] = used.get(role, 0.0) + times.user + times.system
+    return used
+
+
+def engine_seconds(server: Server) -> dict[str, float]:
+    """Totals of all routers' engines and clients: seconds, steps, tokens."""
+    time.sleep(1.5)  # routers report once a second
+    totals: dict[str, float] = {}
+    for router in server.get("/status")["routers"]:
+        for name, value in router["profile"].items():
+            if isinstance(value, (int, float)):
+                totals[name] = totals.get(name, 0.0) + value
+    return totals
+
+
+def difference(after: dict[str, float], before: dict[str, float]) -> dict[str, float]:
+    return {name: value - before.get(name, 0.0) for name, value in after.items()}
+
+
+def step_rows(engine: dict[str, float], cpu: dict[str, float], tokens: int) -> list[list[Any]]:
+    """Where a step's time goes: ms a step of the engine's thread, then CPU-ms a token by role."""
+    steps = max(engine["steps"], 1)
+    exchange = engine["dispatch_s"] + engine["wait_s"] + engine["combine_s"]
+    parts = {
+        "dense part and attention": engine["forward_s"] - exchange,
+        "dispatch": engine["dispatch_s"],
+        "wait for experts": engine["wait_s"],
+        "combine": engine["combine_s"],
+        "scheduling": engine["plan_s"],
+        "sampling": engine["sample_s"],
+    }
+    rows: list[list[Any]] = [[name, "ms/step", 1e3 * s / steps] for name, s in parts.items()]
+    return rows + [[name, "CPU-ms/token", 1e3 * s / tokens] for name, s in sorted(cpu.items())]
+
+
 def memory_rows(server: Server) -> list[list[Any]]:
     """One row a process: name, proportional and resident MiB."""
     rows = []
@@ -223,10 +276,19 @@ def main() -> None:
             prompts = ragged_prompts(streams, vocab, *args.prompt_tokens, seed=streams)
             variant = reference.best_variant(prompts)
             run_endpoint(server, prompts)
-            turns = [
-                (run_endpoint(server, prompts), reference.run(prompts, variant))
-                for _ in range(args.turns)
-            ]
+            before = engine_seconds(server)
+            turns, cpu = [], {}
+            for _ in range(args.turns):
+                cpu_before = cpu_seconds(server)
+                ours_now = run_endpoint(server, prompts)
+                for role, used in difference(cpu_seconds(server), cpu_before).items():
+                    cpu[role] = cpu.get(role, 0.0) + used
+                turns.append((ours_now, reference.run(prompts, variant)))
+            engine = difference(engine_seconds(server), before)
+            tokens = args.turns * streams * NEW_TOKENS
+            print(f"\n{streams} stream(s): where the time goes")
+            profile = step_rows(engine, cpu, tokens)
+            print(table(["part", "unit", "value"], profile), flush=True)
             ours = [t[0]["tokens_per_s"] for t in turns]
             results.append(
                 {
@@ -236,11 +298,11 @@ def main() -> None:
                     "ratio": statistics.median(o / t[1] for o, t in zip(ours, turns, strict=True)),
                     "generate_variant": f"{variant[0]}, {variant[1]} thread(s)",
                     "ttft_p50_s": statistics.median(t[0]["ttft_p50_s"] for t in turns),
+                    "profile": {f"{name}, {unit}": value for name, unit, value in profile},
                     "chunks_per_token": min(t[0]["chunks_per_token"] for t in turns),
                 }
             )
         memory = memory_rows(server)
-        profile = server.get("/status").get("profile")
         start_s = server.start_s
     finally:
         reference.stop()
@@ -258,7 +320,7 @@ def main() -> None:
     finish(
         "serving",
         vars(args),
-        {"rows": results, "memory": memory, "start_s": start_s, "profile": profile},
+        {"rows": results, "memory": memory, "start_s": start_s},
     )
 
 
