@@ -19,8 +19,8 @@ from placement.level import Leveller
 from placement.table import Table
 from placement.types import Bools, Floats, Ints
 
-_SWEEPS = 6
-_CLOSE = 1.002  # stop within 0.2 % of the bound: a further step costs more than it gains
+_SWEEPS = 4
+_CLOSE = 1.004  # stop within 0.4 % of the bound: a further step costs more than it gains
 _FEW = 12  # replicated experts up to which scalar steps are faster than whole arrays
 _FIXES = 12  # scalar steps after rounding
 

@@ -126,7 +126,7 @@ def run_simulate(args: argparse.Namespace) -> int:
         name: simulate(
             counts,
             fleet,
-            ReconcileConfig(plan=plan, plan_every_s=window_s / 2, live=live),
+            ReconcileConfig(plan=plan, plan_every_s=window_s / 2, live=live, loads_per_group=64),
             window_s=window_s,
             batches=args.batches,
             events=events,
