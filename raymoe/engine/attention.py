@@ -22,6 +22,7 @@ from transformers import AttentionInterface
 from raymoe.engine.batch import StepBatch
 from raymoe.engine.kv import KVCache, LayerKV
 from raymoe.engine.ready import ShelfRows, attend_turned
+from raymoe.engine.softmax import attend
 from raymoe.engine.tables import EVERYTHING, Reach, Segment
 
 ATTENTION = "raymoe_packed"
@@ -169,7 +170,9 @@ def _decode(
     # The g query heads of a key head stand as g queries of it: no copy of keys or values.
     folded = query.reshape(rows, shared, heads // shared, width)
     sinks = None if call.sinks is None else call.sinks.view(1, shared, -1)
-    out = attend(folded, keys, values, call, causal=False, mask=mask, sinks=sinks)
+    out = attend(
+        folded, keys, values, scale=call.scale, causal=False, mask=mask, sinks=sinks, cap=call.cap
+    )
     return out.reshape(rows, heads, -1)
 
 
@@ -190,59 +193,8 @@ def _prefill(layer: LayerKV, segment: Segment, call: AttentionCall, value: Tenso
     keys = keys.unsqueeze(1).expand(-1, group, -1, -1)
     values = values.unsqueeze(1).expand(-1, group, -1, -1)
     sinks = None if call.sinks is None else call.sinks.view(shared, group, 1)
-    causal = segment.mask is None
-    out = attend(folded, keys, values, call, causal=causal, mask=segment.mask, sinks=sinks)
+    out = attend(
+        folded, keys, values, scale=call.scale, causal=segment.mask is None, mask=segment.mask,
+        sinks=sinks, cap=call.cap,
+    )  # fmt: skip
     return out.reshape(heads, rows, -1).transpose(0, 1)
-
-
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    call: AttentionCall,
-    *,
-    causal: bool,
-    mask: Tensor | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """Softmax attention, [b, h, t, d] each -> [b, h, t, d].
-
-    mask: additive. sinks: logits that broadcast to [b, h, t], take part in the softmax and add
-    nothing.
-    """
-    if query.device.type != "cpu" or call.cap is not None or value.shape[-1] != query.shape[-1]:
-        return _attend_plain(query, key, value, call, causal=causal, mask=mask, sinks=sinks)
-    # The operator behind scaled_dot_product_attention, which also returns the log of each
-    # softmax's sum: a sink then costs one product (6 times less than explicit matmuls).
-    out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, causal, attn_mask=mask, scale=call.scale
-    )
-    attended: Tensor = out
-    if sinks is not None:
-        attended = attended * torch.sigmoid(total - sinks).unsqueeze(-1).to(out.dtype)
-    return attended
-
-
-def _attend_plain(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    call: AttentionCall,
-    *,
-    causal: bool,
-    mask: Tensor | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """The same in plain operations: soft caps, other devices, values wider than keys."""
-    scores = (query @ key.transpose(-1, -2)).float() * call.scale  # [b, h, t, keys]
-    if call.cap is not None:
-        scores = torch.tanh(scores / call.cap) * call.cap
-    if causal:
-        ahead = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-        scores = scores.masked_fill(ahead, float("-inf"))
-    if mask is not None:
-        scores = scores + mask
-    total = scores.logsumexp(-1)
-    if sinks is not None:
-        total = torch.logaddexp(total, sinks.float().expand_as(total))
-    return torch.exp(scores - total.unsqueeze(-1)).to(value.dtype) @ value

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import threading
 from collections import deque
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from raymoe.checkpoint.families import attention_kind
-from raymoe.engine.attention import ATTENTION
 from raymoe.engine.batch import Chunks
-from raymoe.engine.blocks import BlockPool
-from raymoe.engine.cached import CachedModel
 from raymoe.engine.config import EngineConfig
 from raymoe.engine.facts import eos_ids, longest_context
 from raymoe.engine.output import (
@@ -28,15 +22,13 @@ from raymoe.engine.output import (
     take_tokens,
 )
 from raymoe.engine.paged import PagedModel
-from raymoe.engine.probe import stock_logits
-from raymoe.engine.scheduler import Scheduler, StepPlan
+from raymoe.engine.runnable import runnable
+from raymoe.engine.scheduler import Scheduler
 from raymoe.engine.seam import Experts
 from raymoe.engine.sequence import Sequence, start_sequence
 from raymoe.engine.stats import EngineStats
 from raymoe.errors import ExpertsUnavailable, Overloaded, RequestError
 from raymoe.requests import FinishReason, GenerationRequest, TokenEvent, TokenLogprobs
-
-log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -52,7 +44,7 @@ class Engine:
     ) -> None:
         self.config = config or EngineConfig()
         self.eos_ids = eos_ids(model)
-        self._model = _runnable(model, experts, self.config)
+        self._model = runnable(model, experts, self.config)
         self.pool = self._model.pool
         self.max_context = min(
             self.pool.capacity_tokens,
@@ -169,7 +161,9 @@ class Engine:
                 events.append(self._end(sequence, finish=finish))
         return events
 
-    def _commit(self, chunks: Chunks, found: list[Reading], logits: Tensor) -> list[TokenEvent]:
+    def _commit(
+        self, chunks: Chunks, found: list[Reading], logits: torch.Tensor
+    ) -> list[TokenEvent]:
         """Let the step have happened: only from here on does any sequence change."""
         take_prompt_logprobs(logits, found)
         tokens, logprobs = take_tokens(logits, found, self.eos_ids)
@@ -221,41 +215,3 @@ def _take_once(sequence: Sequence) -> tuple[TokenLogprobs, ...]:
         return ()
     sequence.prompt_logprobs_sent = True
     return tuple(sequence.prompt_logprobs)
-
-
-class Runnable(Protocol):
-    """A model with a pool of blocks that runs chunks of sequences."""
-
-    pool: BlockPool
-    token_bytes: int
-    chunked_prefill: bool
-
-    def order(self, plan: StepPlan) -> Chunks:
-        """The plan's chunks in the order this model wants them."""
-        ...
-
-    def forward(self, chunks: Chunks, rows: list[int]) -> Tensor:
-        """Logits [R, V] of the given packed rows, for chunks ordered by `order`."""
-        ...
-
-    def spoilt(self, chunks: Chunks) -> None:
-        """Make the sequences runnable again after a forward of `chunks` that raised."""
-        ...
-
-
-def _runnable(model: Any, experts: Experts | None, config: EngineConfig) -> Runnable:
-    """Packed where the family's state is keys and values, proved on a few tokens; else by cache."""
-    stock = model.config._attn_implementation
-    if stock == ATTENTION:  # another engine has it packed already, and has proved it
-        return PagedModel(model, experts, config)
-    if attention_kind(model) == "softmax":
-        truth = stock_logits(model, experts)
-        paged = PagedModel(model, experts, config)
-        if paged.agrees(truth, experts):
-            return paged
-        log.warning(
-            "packed attention does not give %s its own logits: its requests run one by one",
-            model.config.model_type,
-        )
-        model.set_attn_implementation(stock)
-    return CachedModel(model, experts, config)

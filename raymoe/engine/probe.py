@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raymoe.engine.attention import AttentionCall, answering, attend
+from raymoe.engine.attention import AttentionCall, answering
 from raymoe.engine.kv import KVShape
 from raymoe.engine.seam import Experts
+from raymoe.engine.softmax import attend
 
 PROBE_IDS = (0, 1, 2, 3, 4, 5)
 """In every vocabulary."""
@@ -39,7 +40,9 @@ class ShapeRecorder:
         key = call.key.repeat_interleave(group, dim=1)
         value = call.value.repeat_interleave(group, dim=1)
         sinks = None if call.sinks is None else call.sinks.view(1, -1, 1)
-        out = attend(call.query, key, value, call, causal=True, mask=None, sinks=sinks)
+        out = attend(
+            call.query, key, value, scale=call.scale, causal=True, sinks=sinks, cap=call.cap
+        )
         return out[0].transpose(0, 1)
 
 

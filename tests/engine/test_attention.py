@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from raymoe.engine import tables
-from raymoe.engine.attention import AttentionCall, PackedStep, _attend_plain, attend
+from raymoe.engine.attention import AttentionCall, PackedStep
 from raymoe.engine.batch import StepBatch
 from raymoe.engine.blocks import BlockPool
 from raymoe.engine.kv import KVCache, KVShape
@@ -109,27 +109,3 @@ def attended(
     call = AttentionCall(packed(queries), packed(keys), packed(values), None, options)
     batch = StepBatch(chunks, 4, torch.device("cpu"), shelves)
     return PackedStep(cache, batch, {module: reach.chunk}).attend(module, call)
-
-
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("sinks", [False, True])
-@pytest.mark.parametrize("masked", [False, True])
-def test_the_fast_operator_equals_plain_operations(causal: bool, sinks: bool, masked: bool) -> None:
-    torch.manual_seed(0)
-    query, key, value = (torch.randn(2, 3, 7, 8) for _ in range(3))
-    call = AttentionCall(query, key, value, 0.3, {})
-    mask = torch.zeros(2, 1, 1, 7).masked_fill(torch.arange(7) > 4, -torch.inf) if masked else None
-    sink = torch.randn(1, 3, 1) if sinks else None
-    options: dict[str, Any] = {"causal": causal and not masked, "mask": mask, "sinks": sink}
-    fast = attend(query, key, value, call, **options)
-    plain = _attend_plain(query, key, value, call, **options)
-    assert torch.allclose(fast, plain, atol=1e-6)
-
-
-def test_soft_cap() -> None:
-    torch.manual_seed(0)
-    query, key, value = (torch.randn(1, 1, 5, 8) for _ in range(3))
-    call = AttentionCall(query, key, value, 1.0, {"softcap": 2.0})
-    found = attend(query, key, value, call, causal=False, mask=None, sinks=None)
-    truth = (torch.tanh(query @ key.transpose(-1, -2) / 2.0) * 2.0).softmax(-1) @ value
-    assert torch.allclose(found, truth, atol=1e-6)

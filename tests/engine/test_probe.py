@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from raymoe.engine import engine as engine_module
+from raymoe.engine import runnable
 from raymoe.engine.cached import CachedModel
 from raymoe.engine.config import EngineConfig
 from raymoe.engine.engine import Engine
@@ -60,7 +60,7 @@ def test_a_family_whose_name_tells_nothing_is_found_out(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for family in ("jamba", "minimax", "lfm2_moe"):
-        monkeypatch.setattr(engine_module, "attention_kind", lambda model: "softmax")
+        monkeypatch.setattr(runnable, "attention_kind", lambda model: "softmax")
         assert not stock_engine(family).packed
         assert family in caplog.text
 
