@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,8 @@ from typing import Any
 
 import psutil
 import pytest
+
+from actors.local import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "models" / "demo"
@@ -73,13 +74,6 @@ class Deployment:
 
 
 RAYMOE = [sys.executable, "-m", "raymoe.cli"]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def run_raymoe(*arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:

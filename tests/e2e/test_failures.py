@@ -68,3 +68,75 @@ def test_killed_group_comes_back_and_no_request_fails(deployment: Deployment) ->
     group = deployment.get("/status")["groups"][1]
     assert group["replicas"] == victim["replicas"]
     assert group["incarnation"] == victim["incarnation"] + 1
+
+
+def test_killed_router_loses_no_token(deployment: Deployment) -> None:
+    """Sampled streams go on at the other router as if nothing had happened."""
+    client = openai.OpenAI(base_url=deployment.url + "/v1", api_key="none", max_retries=0)
+
+    def ask(n: int) -> str:
+        stream = client.completions.create(
+            model="demo",
+            prompt=f"{n} Verily",
+            max_tokens=150,
+            temperature=0.9,
+            seed=n,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        return "".join(chunk.choices[0].text for chunk in stream if chunk.choices)
+
+    before = [ask(n) for n in range(4)]
+    results: dict[int, str | Exception] = {}
+
+    def run(n: int) -> None:
+        try:
+            results[n] = ask(n)
+        except Exception as e:
+            results[n] = e
+
+    assert wait_for(lambda: len(deployment.get("/status")["routers"]) == 2, 30)
+    victim = deployment.get("/status")["routers"][0]["pid"]
+    threads = [threading.Thread(target=run, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.4)
+    os.kill(victim, signal.SIGKILL)
+    for thread in threads:
+        thread.join(120)
+    failed = [r for r in results.values() if isinstance(r, Exception)]
+    assert not failed and len(results) == 4
+    same = sum(results[n] == before[n] for n in range(4))
+    assert same >= 3, "more than a near-tie differs"
+
+    def replaced() -> bool:
+        routers = deployment.get("/status")["routers"]
+        return len(routers) == 2 and all(r["pid"] != victim for r in routers)
+
+    assert wait_for(replaced, 90)
+
+
+def test_stopped_group_is_waited_for_or_left_behind(deployment: Deployment) -> None:
+    """A group frozen for some seconds delays requests; none fails, no token changes."""
+    client = openai.OpenAI(base_url=deployment.url + "/v1", api_key="none", max_retries=0)
+
+    def ask() -> str:
+        answer = client.completions.create(
+            model="demo", prompt="The sea", max_tokens=60, temperature=0, extra_body=IGNORE_EOS
+        )
+        return str(answer.choices[0].text)
+
+    before = ask()
+    frozen = deployment.get("/status")["groups"][0]["pid"]
+    os.kill(frozen, signal.SIGSTOP)
+    thaw = threading.Timer(4, os.kill, (frozen, signal.SIGCONT))
+    thaw.start()
+    try:
+        assert ask() == before
+    finally:
+        thaw.cancel()
+        os.kill(frozen, signal.SIGCONT)
+    assert ask() == before
+
+
+IGNORE_EOS: dict[str, Any] = {"ignore_eos": True}
