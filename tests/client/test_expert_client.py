@@ -370,6 +370,24 @@ def test_two_batches_in_flight_settle_each_other() -> None:
         client.close()
 
 
+def test_a_batch_that_waits_for_a_slot_behind_a_hung_one_is_freed() -> None:
+    group = ScriptedGroup("a", {(0, e) for e in range(4)}, once(hang), slots=1)
+    fleet = Fleet([group], 1, 4)
+    client = make_client(fleet)
+    rng = np.random.default_rng(4)
+    try:
+        client.set_table(fleet.table(1))
+        wait_until(lambda: client.connected() == ("a",))
+        first, second = draw_batch(rng, 3, 2, 4), draw_batch(rng, 4, 2, 4)
+        pending = [client.dispatch(0, *first), client.dispatch(0, *second)]
+        for batch, waiting in ((second, pending[1]), (first, pending[0])):
+            torch.testing.assert_close(
+                client.combine(waiting).double(), reference(0, *batch), rtol=1e-4, atol=1e-4
+            )
+    finally:
+        client.close()
+
+
 @pytest.mark.parametrize("mode", ["partial", "rows"])
 @pytest.mark.parametrize("wire", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
