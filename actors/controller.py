@@ -6,6 +6,7 @@ when it dies: Ray restarts it, it finds the groups of its deployment by name and
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -19,6 +20,7 @@ from ray.actor import ActorHandle
 from actors.expert_group import ExpertGroup
 from actors.fleet import LOADING, LOST, READY, STARTING, Calls, LiveGroup
 from actors.spawn import controller_name, find, group_name, names_alive, spawn
+from actors.views import balancedness, group_row, placement_view, router_rows
 from placement.errors import PlacementError
 from placement.initial import place_at_start
 from placement.table import Table, make_table
@@ -32,6 +34,8 @@ from raymoe.table import GroupEndpoint, RoutingTable
 
 _SAME_SPEED = 0.25  # speeds measured this close to the fastest group's are taken for equal
 _MAX_START_DEATHS = 3  # a group that dies this often before it ever served: give up, say why
+_RESTART_PAUSE_S = (0.0, 0.5, 2.0, 5.0, 15.0)  # by deaths in a row, the last for all further ones
+_LOAD_TAU_S = 10.0  # the load shown is smoothed over about this long
 _ROUTER_SILENT_S = 5.0
 
 
@@ -51,7 +55,8 @@ class PlacementController:
         self._since: dict[tuple[int, int, str], float] = {}
         self._routers: dict[str, dict[str, Any]] = {}
         self._failed: str | None = None
-        self._load = np.zeros((self._spec.layers, self._spec.experts))
+        self._load = np.zeros((self._spec.layers, self._spec.experts))  # pairs/s
+        self._counted_at_s = time.monotonic()
         self._term = _next_term(self._config.name)
         self._epoch = 0
         self._stop = threading.Event()
@@ -104,38 +109,18 @@ class PlacementController:
                 "ready": self._complete(),
                 "term": self._term,
                 "epoch": self._epoch,
-                "balancedness": self._balancedness(),
-                "groups": [g.as_status() for g in self._groups.values()],
-                "routers": [
-                    {k: r[k] for k in ("id", "pid", "node", "state", "profile")}
-                    for r in self.routers()
-                ],
+                "balancedness": balancedness(self._table, self._load),
+                "groups": [group_row(group) for group in self._groups.values()],
+                "routers": router_rows(self.routers()),
                 "controller": {"pid": os.getpid(), "state": "failed" if self._failed else "ready"},
             }
 
     def placement(self) -> dict[str, Any]:
-        """The answer of `GET /placement`: every expert's replicas, their share and age."""
+        """The answer of `GET /placement` (`actors.views.placement_view`)."""
         with self._lock:
-            table, now = self._table, time.time()
-            if table is None:
-                return {"epoch": 0, "layers": []}
-            layers = []
-            for layer, name in enumerate(self._spec.layer_names):
-                experts = []
-                for expert in range(self._spec.experts_of_layer[layer]):
-                    replicas = [
-                        {
-                            "group": table.group_ids[g],
-                            "share": round(float(table.share[layer, expert, g]), 6),
-                            "since": self._since.get((layer, expert, table.group_ids[g]), now),
-                            "why": "placed at start by bytes and speed",
-                        }
-                        for g in np.flatnonzero(table.resident[layer, expert])
-                    ]
-                    load = float(self._load[layer, expert])
-                    experts.append({"expert": expert, "load": load, "replicas": replicas})
-                layers.append({"layer": layer, "name": name, "experts": experts})
-            return {"term": self._term, "epoch": self._epoch, "layers": layers}
+            if self._table is None:
+                return {"term": self._term, "epoch": 0, "layers": []}
+            return placement_view(self._spec, self._table, self._load, self._since)
 
     def stop(self) -> None:
         """Ends every group of the deployment. The controller itself is killed by the caller."""
@@ -158,6 +143,7 @@ class PlacementController:
                 self._calls.wait(self._config.placement.interval_s)
                 with self._lock:
                     self._take_counts()
+                    self._start_due_lives()
                     self._place_when_all_are_up()
         except Exception as e:
             traceback.print_exc()
@@ -189,6 +175,7 @@ class PlacementController:
     def _spawn(self, group: LiveGroup) -> None:
         group.state = STARTING
         group.endpoint = None
+        group.retry_at_s = None
         group.resident[:] = False
         kind = group.kind
         # max_restarts=0: the death of a group that Ray does not restart is known within
@@ -227,18 +214,27 @@ class PlacementController:
 
     def _on_up(self, group: LiveGroup, life: int, answer: Any, error: Exception | None) -> None:
         with self._lock:
-            if life != group.incarnation or error is not None:
-                if error is not None:
-                    group.last_error = reason(error)
-                return  # the open call tells of the death
+            if life != group.incarnation:
+                return
+            if error is not None:
+                self._end(group, error)
+                return
             group.endpoint = GroupEndpoint.from_dict(answer["endpoint"])
             group.node, group.pid = answer["node"], answer["pid"]
-            group.speed = answer["speed"]
+            group.pairs_per_s = answer["speed"]
             group.resident = np.array(answer["resident"], np.bool_)
             group.resident_bytes = answer["resident_bytes"]
+            for layer, expert in np.argwhere(group.resident):
+                self._since.setdefault((int(layer), int(expert), group.id), time.time())
             group.state = LOADING
             if self._placement is not None:
                 self._load_missing(group)
+
+    def _end(self, group: LiveGroup, error: Exception) -> None:
+        """A call failed. When the group itself lives, it is of no use as it is: another life."""
+        group.last_error = reason(error)
+        if not isinstance(error, ray.exceptions.RayActorError) and group.actor is not None:
+            ray.kill(group.actor)
 
     def _on_ended(self, group: LiveGroup, life: int, error: Exception | None) -> None:
         with self._lock:
@@ -246,6 +242,7 @@ class PlacementController:
                 return
             group.state = LOST
             group.deaths += 1
+            group.deaths_in_a_row += 1
             group.actor = None
             group.resident[:] = False
             group.resident_bytes = 0
@@ -257,19 +254,28 @@ class PlacementController:
                 return
             self._publish()
             group.incarnation += 1
-            self._spawn(group)
+            pause = _RESTART_PAUSE_S[min(group.deaths_in_a_row, len(_RESTART_PAUSE_S)) - 1]
+            group.retry_at_s = time.monotonic() + pause
+            if not pause:
+                self._spawn(group)
+
+    def _start_due_lives(self) -> None:
+        for group in self._groups.values():
+            if group.retry_at_s is not None and time.monotonic() >= group.retry_at_s:
+                self._spawn(group)
 
     def _place_when_all_are_up(self) -> None:
         if self._placement is not None or self._failed:
             return
-        if any(g.state == STARTING for g in self._groups.values()):
+        if any(g.state in (STARTING, LOST) for g in self._groups.values()):
             return
-        fastest = max(g.speed for g in self._groups.values())
+        fastest = max(g.pairs_per_s for g in self._groups.values())
         for group in self._groups.values():
-            ratio = group.speed / fastest
+            ratio = group.pairs_per_s / fastest
             group.speed = 1.0 if ratio >= 1 - _SAME_SPEED else ratio
         try:
-            self._fleet = self._fleet_now()
+            specs = tuple(group.spec() for group in self._groups.values())
+            self._fleet = fleet_of(self._config, self._spec, specs)
             placed = place_at_start(self._fleet)
         except PlacementError as e:
             self._failed = str(e)
@@ -291,6 +297,8 @@ class PlacementController:
         missing = np.argwhere(group.assigned & ~group.resident)
         if not len(missing):
             group.state = READY
+            group.deaths_in_a_row = 0
+            group.last_error = ""
             self._publish()
             return
         batch = [(int(layer), int(expert)) for layer, expert in missing[:32]]
@@ -312,9 +320,7 @@ class PlacementController:
             if life != group.incarnation:
                 return
             if error is not None:
-                group.last_error = reason(error)
-                if not isinstance(error, ray.exceptions.RayActorError):
-                    self._failed = f"expert group {group.id} cannot load: {group.last_error}"
+                self._end(group, error)
                 return
             for layer, expert in batch:
                 group.resident[layer, expert] = True
@@ -351,25 +357,16 @@ class PlacementController:
         need = np.logical_or.reduce([g.assigned for g in self._groups.values()])
         return bool(need.any() and have[need].all())
 
-    def _fleet_now(self) -> Fleet:
-        groups = list(self._groups.values())
-        fastest = max(g.speed for g in groups)
-        return fleet_of(self._config, self._spec, tuple(g.spec(fastest) for g in groups))
-
     def _take_counts(self) -> None:
+        """Pairs/s of every expert, smoothed exponentially over the time that has passed."""
+        now = time.monotonic()
+        passed_s, self._counted_at_s = max(now - self._counted_at_s, 1e-3), now
+        counts = np.zeros_like(self._load)
         for report in self._control.take_reports():
             if report.counts is not None:
-                self._load += report.counts
-
-    def _balancedness(self) -> float | None:
-        """Mean over maximum of the groups' time since the start, by layer; none without load."""
-        if self._table is None or not self._load.any():
-            return None
-        work = np.einsum("le,leg->lg", self._load, self._table.share)
-        seconds = work / np.maximum(self._table.speed, 1e-9)
-        ideal = work.sum(1) / self._table.speed.sum()
-        worst = seconds.max(1).sum()
-        return round(float(ideal.sum() / worst), 4) if worst else None
+                counts += report.counts
+        keep = math.exp(-passed_s / _LOAD_TAU_S)
+        self._load = keep * self._load + (1 - keep) * counts / passed_s
 
 
 def ensure_controller(config: DeploymentConfig, spec_json: str) -> ActorHandle:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -39,37 +40,23 @@ class LiveGroup:
     state: str = STARTING
     node: str = ""
     pid: int = 0
-    speed: float = 1.0
+    speed: float = 1.0  # relative to the fastest group at start
+    pairs_per_s: float = 0.0  # as it measured itself
     resident_bytes: int = 0
     deaths: int = 0
+    deaths_in_a_row: int = 0  # without having served in between
+    retry_at_s: float | None = None  # monotonic; when the next life is to start
     last_error: str = ""
-    report: dict[str, Any] = field(default_factory=dict)
 
-    def spec(self, reference: float) -> GroupSpec:
-        """What the planner needs to know of it; `speed` relative to `reference`."""
+    def spec(self) -> GroupSpec:
+        """What the planner needs to know of it."""
         return GroupSpec(
             id=self.id,
             node=self.node or "unknown",
             memory_bytes=self.memory_bytes,
-            speed=max(self.speed / reference, 1e-3),
+            speed=self.speed,
             kind=self.kind.kind,
         )
-
-    def as_status(self) -> dict[str, Any]:
-        """The group's row of `raymoe status --json`."""
-        return {
-            "id": self.id,
-            "kind": self.kind.kind,
-            "pid": self.pid,
-            "node": self.node,
-            "state": self.state,
-            "speed": round(self.speed, 4),
-            "memory_bytes": self.memory_bytes,
-            "resident_bytes": self.resident_bytes,
-            "replicas": int(self.resident.sum()),
-            "incarnation": self.incarnation,
-            "deaths": self.deaths,
-        }
 
 
 class Calls:
@@ -88,6 +75,7 @@ class Calls:
     def wait(self, timeout_s: float) -> None:
         """Returns after the first batch of finished calls, or after `timeout_s`."""
         if not self._pending:
+            time.sleep(timeout_s)
             return
         ready, _ = ray.wait(list(self._pending), num_returns=1, timeout=timeout_s)
         if ready:  # take what else has finished in the meantime
