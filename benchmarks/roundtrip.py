@@ -28,8 +28,11 @@ import os
 import random
 import secrets
 import shutil
+import signal
 import statistics
+import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -130,8 +133,14 @@ def serve_group(index: int, secret: bytes, pipe: Connection) -> None:
         spec, f"g{index}", 1, shard, IDENTITY, secret, node=NODE, config=ServerConfig()
     )
     pipe.send(group.endpoint())
-    pipe.recv()
+    await_end(pipe)
     group.close()
+
+
+def await_end(pipe: Connection) -> None:
+    """Until the parent says so, or is gone."""
+    with contextlib.suppress(EOFError):
+        pipe.recv()
 
 
 def serve_zmq(address: str, pipe: Connection) -> None:
@@ -145,14 +154,12 @@ def serve_zmq(address: str, pipe: Connection) -> None:
     sock.connect(address)
     shard = IdentityShard()
     pipe.send(True)
+    # ZeroMQ does not tell of a peer's death: the pipe does
+    threading.Thread(target=lambda: (await_end(pipe), os._exit(0)), daemon=True).start()
     while True:
         frames = sock.recv_multipart(copy=False)
-        if len(frames) == 1:
-            break
         out = answer(shard, *(frame.buffer for frame in frames))
         sock.send(out, copy=out.nbytes < 65536)
-    sock.close(0)
-    context.term()
 
 
 def answer(shard: IdentityShard, x: Any, experts: Any, counts: Any, tokens: Any, w: Any) -> Any:
@@ -366,8 +373,7 @@ def start_zmq(stack: Processes, folder: str, groups: int) -> list[Any]:
         address = f"ipc://{folder}/z{index}"
         sock.bind(address)
         spawn(stack, serve_zmq, address)
-        stack.callback(sock.close, 1000)
-        stack.callback(sock.send, b"end")
+        stack.callback(sock.close, 0)
         sockets.append(sock)
     return sockets
 
@@ -460,6 +466,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started ends too
     warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # Ray's results
     with contextlib.ExitStack() as stack:
         results = run(args, stack)
