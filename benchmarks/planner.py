@@ -36,7 +36,8 @@ from benchmarks.report import finish, table
 from placement.forecast import Forecast, Forecaster, forecast_windows
 from placement.initial import place_at_start
 from placement.pack import pack, replica_counts
-from placement.planner import PlanConfig, delta_plan, full_plan
+from placement.plan import PlanConfig
+from placement.planner import delta_plan, full_plan
 from placement.reconcile import regroup
 from placement.split import LayerSplit
 from placement.types import Fleet, GroupSpec, Placement

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from placement.planner import Plan, loading_s
+from placement.plan import Plan
+from placement.planner import loading_s
 from placement.search import Change
 from placement.types import Fleet
 

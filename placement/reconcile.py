@@ -18,7 +18,8 @@ from placement.errors import PlacementError
 from placement.explain import explain
 from placement.forecast import Forecaster
 from placement.initial import place_at_start
-from placement.planner import Plan, PlanConfig, loading_s, make_plan
+from placement.plan import Plan, PlanConfig
+from placement.planner import loading_s, make_plan
 from placement.pour import host_lists, pour
 from placement.types import Bools, Fleet, Floats, Placement, check_load
 

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from placement.gains import Gains
 from placement.pour import Poured, host_lists, merge, pour
-from placement.score import POWER, SOFT, layer_score, norms, powered
+from placement.score import layer_score, powered
 from placement.types import Bools, Floats, Ints
+from placement.victims import least_missed
 
 _TARGETS = 8  # groups looked at as new homes, least pressed first
 _EXPERTS = 16  # experts of the pressed group looked at, busiest first
@@ -112,7 +114,7 @@ class Searcher:
         self.first_score = score
         for turn in range(rounds):
             if turn % _REFRESH == 0:
-                self._has_victim = self._victims(poured)
+                self._victims = least_missed(poured, self._copies, self.rate)
             proposals = self._choose(self._propose(poured, score), poured)
             if not proposals:
                 if (self._fails >= _FAILS).all():
@@ -137,7 +139,7 @@ class Searcher:
         pressure = powered(relative).mean(1)  # [N, G]
         source = pressure.argmax(1)
         size = self.size[live][:, None]
-        has_room = (self.room[None, :] >= size) | self._has_victim[None, :]
+        has_room = (self.room[None, :] >= size) | self._victims.has_any[None, :]
         mean = relative.mean(1) + np.where(has_room, 0.0, 0.02) + np.where(self.allowed, 0, 1e6)
         mean[np.arange(len(live)), source] = np.inf
         width = min(_TARGETS, self.groups - 1)
@@ -152,7 +154,7 @@ class Searcher:
         n = np.arange(len(live))[:, None]
         amount = np.where((busy[n, expert] > 0)[:, :, None], flow[n, expert], 0.0)  # [N, S, M]
         unit = np.maximum(scale[:, :, 0], 1e-300)  # [N, M]
-        calc = _Gains(self.rate, relative, unit, source, target)
+        calc = Gains(self.rate, relative, unit, source, target)
         adds = calc.add(amount)  # [N, S, T]
         if self.node is not None:
             together = self.node[target] == self.node[source][:, None]
@@ -220,7 +222,7 @@ class Searcher:
         target: Ints,
         expert: Ints,
         amount: Floats,
-        calc: _Gains,
+        calc: Gains,
     ) -> tuple[Floats, Floats, Ints]:
         """Net gains [N, S, T, F] of swapping expert s for the f-th lightest single of target t."""
         n = np.arange(len(live))[:, None]
@@ -239,40 +241,6 @@ class Searcher:
         can = can & ~tabu[..., None] & (amount.mean(2) > 0)[:, :, None, None]
         net = np.where(can, gain - price[:, None, :, None], -np.inf)
         return net, price, partner
-
-    def _victims(self, poured: Poured) -> Bools:
-        """Find the replicas that would be missed least; returns which groups have any, [G]."""
-        rep, hosts, flow = poured.rep, poured.hosts, poured.flow
-        if not rep.shape[1]:
-            self._victim_at = np.zeros(self.groups + 1, np.int64)
-            none = rep[:, 0:0].ravel()
-            self._victim_rows = (np.zeros(0), none, none, none)
-            self._victim_rank = none
-            return np.zeros(self.groups, np.bool_)
-        rates = np.append(self.rate, 0.0)[hosts]  # [L, R, C]
-        others = np.maximum(rates.sum(2, keepdims=True) - rates, 1e-300)
-        level = poured.level.mean(1)  # [L, G]; the mean over scenarios is near enough here
-        flow = flow.mean(2)  # [L, R, C]
-        top = np.maximum(level.max(1), 1e-300)[:, None, None]
-        wide = np.concatenate([level, np.zeros((self.layers, 1))], 1)
-        held = wide[np.arange(self.layers)[:, None, None], hosts] / top  # [L, R, C]
-        work = held * rates
-        around = (work.sum(2, keepdims=True) - work) / others
-        flow = flow / top
-        left = held - flow / np.maximum(rates, 1e-300)
-        change = others * (powered(around + flow / others) - powered(around))
-        change += rates * (powered(left) - powered(held))
-        norm = np.maximum(norms(level / top[:, 0], self.rate), 1e-3)[:, None, None]
-        slope = top * norm ** (1 - POWER) / (POWER * self.rate.sum())
-        missed = np.maximum(change * slope, 0.0) + 1e-3 * flow * top / self.rate.sum()
-        is_rep = self._copies[np.arange(self.layers)[:, None], rep] > 1
-        layer, r, c = np.nonzero((hosts < self.groups) & is_rep[:, :, None])
-        group, value = hosts[layer, r, c], missed[layer, r, c]
-        order = np.lexsort((value, group))
-        self._victim_rows = (value[order], layer[order], rep[layer, r][order], group[order])
-        self._victim_rank = np.argsort(self._victim_rows[0], kind="stable")  # least missed first
-        self._victim_at = np.searchsorted(group[order], np.arange(self.groups + 1))
-        return self._victim_at[1:] > self._victim_at[:-1]
 
     # -- choosing and trying -----------------------------------------------------------------
 
@@ -326,16 +294,16 @@ class Searcher:
         """Name the replica to give up for an add: one on the same group when bytes are short
         there; when only the pool is short, the expert's own on the pressed group (it moves) or
         the replica that is missed least anywhere."""
-        values, layers, experts, groups = self._victim_rows
+        known = self._victims
         size = int(self.size[p.layer])
         if room >= size and self._copies[p.layer, p.expert] == 1:
             p.evicts = (p.layer, p.expert, p.source)
             return
-        start, end = int(self._victim_at[p.target]), int(self._victim_at[p.target + 1])
+        start, end = int(known.start[p.target]), int(known.start[p.target + 1])
         rows = range(start, min(start + _VICTIMS, end))
-        for i in rows if room < size else self._victim_rank[:_VICTIMS].tolist():
-            layer, expert, group = int(layers[i]), int(experts[i]), int(groups[i])
-            if p.net - float(values[i]) <= 0:
+        for i in rows if room < size else known.ranked[:_VICTIMS].tolist():
+            layer, expert, group = int(known.layer[i]), int(known.expert[i]), int(known.group[i])
+            if p.net - float(known.missed[i]) <= 0:
                 return
             if i in used or layer in touched or (layer == p.layer and expert == p.expert):
                 continue
@@ -436,62 +404,3 @@ class Searcher:
                 price=p.price,
             )
         )
-
-
-class _Gains:
-    """First-order gains in J of moving tokens from the pressed group to others."""
-
-    def __init__(
-        self, rate: Floats, relative: Floats, unit: Floats, source: Ints, target: Ints
-    ) -> None:
-        """relative [N, M, G] levels over the worst of their scenario, unit [N, M] that worst."""
-        n = np.arange(len(source))
-        self._total = (powered(relative) * rate).sum(2) / rate.sum()  # [N, M]
-        self._norm = self._total ** (1 / POWER)
-        self._rate_sum = rate.sum()
-        self._unit = unit
-        self._rate_source = rate[source]  # [N]
-        self._rate_target = rate[target]  # [N, T]
-        self._source = relative[n, :, source]  # [N, M]
-        self._target = relative[n[:, None], :, target]  # [N, T, M]
-        ordered = np.partition(relative, -2, axis=2)
-        # what stays the slowest when the pressed group is relieved: where it is not the slowest
-        # in a scenario, the one that is
-        self._rest = np.where(self._source >= 1 - 1e-12, ordered[:, :, -2], 1.0)  # [N, M]
-
-    def add(self, amount: Floats) -> Floats:
-        """amount [N, S, M] pairs/s of the expert on the source -> mean gain [N, S, T]."""
-        slack = self._source[:, None, :] - self._target  # [N, T, M]
-        inverse = 1 / self._rate_source[:, None] + 1 / self._rate_target  # [N, T]
-        level_out = np.maximum(slack / inverse[:, :, None], 0) * self._unit[:, None, :]
-        moved = np.minimum(amount[:, :, None, :], level_out[:, None, :, :])  # [N, S, T, M]
-        return self._mean_gain(moved)
-
-    def swap(self, amount: Floats, back: Floats) -> Floats:
-        """amount [N, S, M] out, back [N, T, F, M] in -> mean gain [N, S, T, F]."""
-        n, s, m = amount.shape
-        t, f = back.shape[1:3]
-        moved = amount[:, :, None, None, :] - back[:, None]  # [N, S, T, F, M]
-        gain = self._mean_gain(
-            moved.transpose(0, 1, 3, 2, 4).reshape(n, s * f, t, m)
-        )  # [N, S * F, T]
-        return gain.reshape(n, s, f, t).transpose(0, 1, 3, 2)
-
-    def _mean_gain(self, moved: Floats) -> Floats:
-        unit = self._unit[:, None, None, :]
-        down = self._source[:, None, None, :] - moved / (
-            self._rate_source[:, None, None, None] * unit
-        )
-        up = self._target[:, None] + moved / (self._rate_target[:, None, :, None] * unit)
-        share_source = (self._rate_source / self._rate_sum)[:, None, None, None]
-        share_target = (self._rate_target / self._rate_sum)[:, None, :, None]
-        was = share_source * powered(self._source)[:, None, None, :] + (
-            share_target * powered(self._target)[:, None]
-        )
-        total = self._total[:, None, None, :] - was
-        total = total + share_source * powered(down) + share_target * powered(up)
-        norm = np.maximum(total, 1e-300) ** (1 / POWER)
-        worst = np.maximum(np.maximum(down, up), self._rest[:, None, None, :])
-        gain = (1 - SOFT) * (1 - worst) + SOFT * (self._norm[:, None, None, :] - norm)
-        result: Floats = (gain * unit).mean(-1)
-        return result

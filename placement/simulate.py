@@ -8,19 +8,18 @@ the group's work. Groups may be lost, drained or slowed on the way.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from placement.actions import Action, Drop, Load, Publish, Retire, Snapshot
 from placement.converge import no_host
 from placement.errors import PlacementError
+from placement.fake import FakeFleet
 from placement.reconcile import ReconcileConfig, Reconciler
 from placement.split import TableSplit
-from placement.table import Table
-from placement.types import Bools, Fleet, Floats, check_load
+from placement.types import Fleet, Floats, check_load
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,96 +72,6 @@ class Report:
             "epochs": self.epochs,
             "per_window": per_window.tolist(),
         }
-
-
-class FakeFleet:
-    """Executes actions in simulated time."""
-
-    def __init__(self, fleet: Fleet, layers: int, experts: int) -> None:
-        self.fleet = fleet
-        shape = (layers, experts, len(fleet.groups))
-        self.ready: Bools = np.zeros(shape, np.bool_)
-        self.loading: Bools = np.zeros(shape, np.bool_)
-        self.ends: dict[tuple[int, int, str], float] = {}
-        self.free_at: dict[str, float] = dict.fromkeys(fleet.ids, 0.0)
-        self.table: Table | None = None
-        self.draining: frozenset[str] = frozenset()
-        self.loaded_bytes = 0
-        self.loading_s: dict[str, float] = {}
-
-    def snapshot(self, counts: Floats | None = None, window_s: float = 0.0) -> Snapshot:
-        drained = self.table.epoch if self.table else 0
-        return Snapshot(
-            fleet=self.fleet,
-            ready=self.ready.copy(),
-            loading=self.loading.copy(),
-            table=self.table,
-            drained=drained,
-            draining=self.draining,
-            counts=counts,
-            window_s=window_s,
-        )
-
-    def execute(self, actions: list[Action], now: float) -> None:
-        index = {group: g for g, group in enumerate(self.fleet.ids)}
-        for action in actions:
-            if isinstance(action, Publish):
-                self.table = action.table
-            elif isinstance(action, Load):
-                self._load(action, index[action.group], now)
-            elif isinstance(action, Drop):
-                self.ready[action.layer, action.expert, index[action.group]] = False
-            elif isinstance(action, Retire):
-                self.lose(action.group)
-                index = {group: g for g, group in enumerate(self.fleet.ids)}
-
-    def _load(self, action: Load, group: int, now: float) -> None:
-        cell = (action.layer, action.expert, action.group)
-        if self.ready[action.layer, action.expert, group] or cell in self.ends:
-            return
-        size = int(self.fleet.expert_bytes[action.layer])
-        seconds = size / float(self.fleet.bandwidth[group])
-        start = max(now, self.free_at[action.group])
-        self.free_at[action.group] = self.ends[cell] = start + seconds
-        self.loading[action.layer, action.expert, group] = True
-        self.loaded_bytes += size
-        self.loading_s[action.group] = self.loading_s.get(action.group, 0.0) + seconds
-
-    def advance(self, now: float) -> None:
-        """Finish the loads due by now."""
-        index = {group: g for g, group in enumerate(self.fleet.ids)}
-        for cell in [c for c, end in self.ends.items() if end <= now]:
-            del self.ends[cell]
-            layer, expert, group = cell
-            self.loading[layer, expert, index[group]] = False
-            self.ready[layer, expert, index[group]] = True
-
-    def next_end(self) -> float | None:
-        return min(self.ends.values(), default=None)
-
-    def lose(self, group: str) -> None:
-        at = self.fleet.ids.index(group)
-        keep = [g for g in range(len(self.fleet.groups)) if g != at]
-        if not keep:
-            raise PlacementError("the last group of the fleet was lost")
-        self.fleet = replace(self.fleet, groups=tuple(self.fleet.groups[g] for g in keep))
-        self.ready, self.loading = self.ready[:, :, keep], self.loading[:, :, keep]
-        self.ends = {c: end for c, end in self.ends.items() if c[2] != group}
-        self.draining = self.draining - {group}
-
-    def slow(self, group: str, factor: float) -> None:
-        specs = tuple(
-            replace(g, speed=g.speed * factor) if g.id == group else g for g in self.fleet.groups
-        )
-        self.fleet = replace(self.fleet, groups=specs)
-
-    def join(self, spec: Any) -> None:
-        self.fleet = replace(self.fleet, groups=(*self.fleet.groups, spec))
-        layers, experts, _ = self.ready.shape
-        column = np.zeros((layers, experts, 1), np.bool_)
-        self.ready = np.concatenate([self.ready, column], 2)
-        self.loading = np.concatenate([self.loading, column], 2)
-        self.free_at[spec.id] = 0.0
 
 
 def simulate(

@@ -14,7 +14,8 @@ import numpy.typing as npt
 from placement.errors import PlacementError
 from placement.explain import explain, summary
 from placement.forecast import forecast_windows
-from placement.planner import Plan, PlanConfig, make_plan
+from placement.plan import Plan, PlanConfig
+from placement.planner import make_plan
 from placement.reconcile import ReconcileConfig
 from placement.simulate import Event, Report, simulate
 from placement.types import DEFAULT_TOKENS_PER_S, Fleet, GroupSpec, Placement, check_load

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from placement.errors import PlacementError
-from placement.planner import Plan
+from placement.plan import Plan
 from placement.types import Fleet, Placement
 
 

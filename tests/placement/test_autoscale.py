@@ -11,7 +11,8 @@ from placement.autoscale import Autoscaler, Kind, ScaleConfig, moving_bytes
 from placement.errors import DoesNotFit, PlacementError
 from placement.forecast import Forecast
 from placement.initial import place_at_start
-from placement.planner import PlanConfig, full_plan
+from placement.plan import PlanConfig
+from placement.planner import full_plan
 from placement.survive import shortfall
 from tests.placement.fleets import fleet
 

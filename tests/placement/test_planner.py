@@ -14,7 +14,8 @@ from placement.errors import DoesNotFit, PlacementError
 from placement.explain import explain, summary
 from placement.forecast import Forecast, forecast_windows
 from placement.initial import place_at_start
-from placement.planner import PlanConfig, delta_plan, full_plan, make_plan, net_gain_s
+from placement.plan import PlanConfig
+from placement.planner import delta_plan, full_plan, make_plan, net_gain_s
 from placement.pour import host_lists, pour
 from placement.types import Fleet, GroupSpec, Placement
 from tests.placement.fleets import fleet

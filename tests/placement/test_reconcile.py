@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from placement.errors import DoesNotFit, PlacementError
-from placement.planner import PlanConfig
+from placement.fake import FakeFleet
+from placement.plan import PlanConfig
 from placement.reconcile import ReconcileConfig, Reconciler, regroup
-from placement.simulate import Event, FakeFleet, simulate
+from placement.simulate import Event, simulate
 from placement.types import Placement
 from tests.placement.fleets import fleet
 
