@@ -70,19 +70,24 @@ def pack(load: Floats, copies: Ints, caps: Ints, rate: Floats) -> Bools:
     held = np.zeros((rows, experts + 1), np.int64)
     wide = np.zeros((rows, experts + 1, groups), np.bool_)
     slow = 1.0 / rate
+    full = np.where(room > 0, 0.0, np.inf)
     for s in range(total):
         expert = expert_of_step[:, s]
         first = held[row, expert] == 0
-        allowed = (expert < experts) & (first | (free > owed))
         weight = weights[row, expert]
-        end = (busy + weight[:, None]) * slow
-        end[(room <= 0) | wide[row, expert]] = np.inf
+        end = busy + weight[:, None]
+        end *= slow
+        end += full
+        again = np.flatnonzero(~first)
+        if len(again):  # never two copies on a group
+            end[again] += np.where(wide[again, expert[again]], np.inf, 0.0)
         group = end.argmin(1)
-        placed = allowed & np.isfinite(end[row, group])
+        placed = (expert < experts) & (first | (free > owed)) & (end[row, group] < np.inf)
         at, who, where = row[placed], expert[placed], group[placed]
         wide[at, who, where] = True
         busy[at, where] += weight[placed]
         room[at, where] -= 1
+        full[at, where] = np.where(room[at, where] > 0, 0.0, np.inf)
         free[placed] -= 1
         held[at, who] += 1
         owed[placed & first] -= 1
