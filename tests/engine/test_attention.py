@@ -40,8 +40,9 @@ def truth_of(
 
 
 @pytest.mark.parametrize("reach", [Reach(), Reach(window=5), Reach(chunk=6)], ids=str)
-@pytest.mark.parametrize("heads_kv", [2, 4])
-@pytest.mark.parametrize("widths", [(8, 8), (8, 6), (6, 8)], ids=str)
+@pytest.mark.parametrize(
+    ("heads_kv", "widths"), [(2, (8, 8)), (1, (8, 8)), (4, (8, 6)), (2, (6, 8))], ids=str
+)
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize(
     ("split", "budget"), [(0, 0), (1 << 30, 0), (0, 100_000), (1 << 30, 100_000), (0, 1000)]

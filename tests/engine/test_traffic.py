@@ -34,8 +34,7 @@ def random_requests(draw: random.Random, count: int) -> list[GenerationRequest]:
     ]
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_next"])
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("family", "seed"), [("qwen3_moe", 0), ("gpt_oss", 1), ("qwen3_next", 1)])
 def test_every_request_gets_its_own_tokens_or_its_own_end(family: str, seed: int) -> None:
     draw = random.Random(seed)
     requests = random_requests(draw, 14)
