@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from placement.pack import pack, replica_counts
+from placement.pack import pack_levels, replica_counts
 from placement.pour import host_lists, pour
 from placement.types import Bools, Floats, Ints
 
 _CELLS = 3_200_000  # rows x groups x experts of one pass: bounds the time and the memory
+
+
+_FEW = 3  # points of a curve below which nothing is replayed
 
 
 def menu(groups: int, layers: int, experts: int, most: int) -> Ints:
@@ -43,11 +46,17 @@ def curves(
     loads = np.broadcast_to(load, (k, layers, experts)).reshape(k * layers, experts)
     here = np.broadcast_to(present, (k, layers, experts)).reshape(k * layers, experts)
     copies = replica_counts(loads, np.repeat(counts, layers), here, groups)
-    resident = pack(loads, copies, caps.reshape(k * layers, groups), rate)
+    resident, level = pack_levels(loads, copies, caps.reshape(k * layers, groups), rate)
+    if k <= _FEW:  # a large fleet: the packing's own levels, without a replay
+        return _every(level.max(1).reshape(k, layers), counts)
     hosts, held = host_lists(resident)
     cases = np.broadcast_to(scenarios[None], (k, *scenarios.shape)).transpose(0, 2, 1, 3)
     poured = pour(cases.reshape(k * layers, -1, experts), hosts, held, rate, base)
-    time = poured.level.max(2).mean(1).reshape(k, layers)
+    return _every(poured.level.max(2).mean(1).reshape(k, layers), counts)
+
+
+def _every(time: Floats, counts: Ints) -> Floats:
+    """Times [K, L] at `counts`, made to fall and interpolated: [L, counts[-1] + 1]."""
     time = np.minimum.accumulate(time, 0)
     every = np.arange(int(counts[-1]) + 1)
-    return np.stack([np.interp(every, counts, time[:, layer]) for layer in range(layers)])
+    return np.stack([np.interp(every, counts, column) for column in time.T])

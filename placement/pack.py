@@ -47,9 +47,14 @@ def pack(load: Floats, copies: Ints, caps: Ints, rate: Floats) -> Bools:
             replica of each expert. Extra copies that find no free group are left out.
     rate    float64 [G]
     """
+    resident, _ = pack_levels(load, copies, caps, rate)
+    return resident
+
+
+def pack_levels(load: Floats, copies: Ints, caps: Ints, rate: Floats) -> tuple[Bools, Floats]:
+    """`pack`, and the level of each group (tokens over rate, even shares), float64 [N, G]."""
     rows, experts = load.shape
     groups = len(rate)
-    resident = np.zeros((rows, experts, groups), np.bool_)
     piece = load / np.maximum(copies, 1)
     total = int(copies.sum(1).max()) if rows else 0
     # the rows' pieces, biggest first; the second and later copies of an expert come right after
@@ -91,5 +96,4 @@ def pack(load: Floats, copies: Ints, caps: Ints, rate: Floats) -> Bools:
         free[placed] -= 1
         held[at, who] += 1
         owed[placed & first] -= 1
-    resident[:] = wide[:, :experts]
-    return resident
+    return wide[:, :experts], busy * slow
