@@ -292,19 +292,16 @@ class Searcher:
         used: set[int],
     ) -> None:
         """Name the replica to give up for an add: one on the same group when bytes are short
-        there; when only the pool is short, the expert's own on the pressed group (it moves) or
-        the replica that is missed least anywhere."""
+        there; when only the pool is short, the one missed least anywhere, or else the expert's
+        own on the pressed group (it moves)."""
         known = self._victims
         size = int(self.size[p.layer])
-        if room >= size and self._copies[p.layer, p.expert] == 1:
-            p.evicts = (p.layer, p.expert, p.source)
-            return
         start, end = int(known.start[p.target]), int(known.start[p.target + 1])
         rows = range(start, min(start + _VICTIMS, end))
         for i in rows if room < size else known.ranked[:_VICTIMS].tolist():
             layer, expert, group = int(known.layer[i]), int(known.expert[i]), int(known.group[i])
             if p.net - float(known.missed[i]) <= 0:
-                return
+                break
             if i in used or layer in touched or (layer == p.layer and expert == p.expert):
                 continue
             if not self.resident[layer, expert, group] or self._copies[layer, expert] < 2:
@@ -317,6 +314,8 @@ class Searcher:
             p.evicts = (layer, expert, group)
             used.add(i)
             return
+        if room >= size and self._copies[p.layer, p.expert] == 1:
+            p.evicts = (p.layer, p.expert, p.source)
 
     def _reject(self, p: _Proposal) -> None:
         self._tabu[p.layer, p.expert, p.target] = True
