@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from placement.errors import DoesNotFit, PlacementError
 from placement.fake import FakeFleet
@@ -65,6 +67,57 @@ def test_a_straggler_calls_for_a_plan_at_once():
     report = simulate(counts(), mixed(), config(), window_s=0.02, events=events)
     assert any("speed changed: ['g0']" in line for line in report.events)
     assert report.balancedness > 0.8
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.integers(0, 1000))
+def test_groups_die_in_the_middle_of_plans_and_every_expert_comes_back(seed):
+    """Random deaths, slow-downs and memory losses while loads are under way."""
+    rng = np.random.default_rng(seed)
+    spec = fleet(groups=5, layers=2, slots=14, speeds=[1, 1, 1, 0.5, 0.25])
+    fake, mind = FakeFleet(spec, 2, 12), Reconciler(config=config())
+    shape = rng.lognormal(0, 1.5, (2, 12))
+    deaths, once = 0, np.zeros((2, 12), bool)
+    for now in range(120):
+        if now % 12 == 0:
+            shape = shape * rng.lognormal(0, 0.8, shape.shape)
+        counts_now = rng.poisson(shape / shape.sum(1, keepdims=True) * 5000).astype(float)
+        fake.execute(mind.step(fake.snapshot(counts_now, 0.02), now * 0.02), now * 0.02)
+        served = fake.ready.any(2)
+        once |= served
+        lost = rng.uniform()
+        if lost < 0.04 and deaths < 2 and now > 10:
+            victim = str(rng.choice(fake.fleet.ids))
+            fake.lose(victim)
+            deaths += 1
+        elif lost < 0.08:
+            fake.slow(str(rng.choice(fake.fleet.ids)), float(rng.uniform(0.5, 1.5)))
+        elif deaths == 0:
+            assert served[once].all(), "an expert was dropped"
+        held = np.einsum("leg,l->g", fake.ready | fake.loading, fake.fleet.expert_bytes)
+        assert (held <= [g.memory_bytes for g in fake.fleet.groups]).all()
+        if rng.uniform() < 0.6:
+            fake.advance((now + 1) * 0.02)
+    for now in range(200, 260):
+        fake.execute(mind.step(fake.snapshot(), float(now)), float(now))
+        fake.advance(now + 1.0)
+    assert fake.ready.any(2).all()
+    assert (fake.table.resident & fake.ready).any(2).all()
+
+
+def test_a_group_that_loses_memory_is_brought_within_it():
+    spec = mixed()
+    fake, mind = FakeFleet(spec, 2, 12), Reconciler(config=config())
+    for now in range(30):
+        fake.execute(mind.step(fake.snapshot(), float(now)), float(now))
+        fake.advance(now + 1.0)
+    small = replace(spec.groups[0], memory_bytes=30)
+    fake.fleet = replace(fake.fleet, groups=(small, *spec.groups[1:]))
+    for now in range(30, 60):
+        fake.execute(mind.step(fake.snapshot(), float(now)), float(now))
+        assert fake.ready.any(2).all()
+        fake.advance(now + 1.0)
+    assert fake.ready[:, :, 0].sum() * 10 <= 30
 
 
 def test_too_small_a_rest_is_said_and_the_others_serve_on():
