@@ -107,9 +107,8 @@ def check_baseline() -> None:
 
 
 def run_traces(args: argparse.Namespace, costs: Costs) -> list[dict[str, Any]]:
-    if args.traces is not None:
-        traces = load_traces(args.traces)
-    else:
+    traces = [] if args.traces is None else load_traces(args.traces)
+    if not traces:
         print("no trace files (--traces DIR): SYNTHETIC lognormal loads of the same shapes instead")
         layers = {"dsv2lite": 26, "gptoss20b": 24}
         traces = [

@@ -52,12 +52,12 @@ class Report:
     @property
     def balancedness(self) -> float:
         """Time-balancedness over all windows: 1 is no straggler."""
-        return sum(self.ideal_s) / max(sum(self.busy_s), 1e-300)
+        return float(sum(self.ideal_s) / max(sum(self.busy_s), 1e-300))
 
     @property
     def net(self) -> float:
         """The same with the time that loads held up counted in."""
-        return sum(self.ideal_s) / max(sum(self.busy_s) + sum(self.stall_s), 1e-300)
+        return float(sum(self.ideal_s) / max(sum(self.busy_s) + sum(self.stall_s), 1e-300))
 
     def to_dict(self) -> dict[str, Any]:
         per_window = np.array(self.ideal_s) / np.maximum(self.busy_s, 1e-300)
