@@ -15,7 +15,7 @@ import numpy as np
 
 from placement.actions import Action, Drop, Load, Publish, Retire, Snapshot
 from placement.table import make_table
-from placement.types import Bools, Ints, Placement
+from placement.types import Bools, Ints, Placement, bytes_by_group
 
 _NOISE = 0.05  # measured speeds wander by so much; no reason for a new table
 Cell = tuple[int, int, str]  # layer, expert, group id
@@ -215,8 +215,7 @@ class _View:
         goal[homeless] = ready[homeless]
         self.goal: Bools = goal
         self.wanted: Bools = goal & ~ready & ~snapshot.loading
-        held = (ready | snapshot.loading).astype(np.int64)
-        self.held: Ints = np.einsum("leg,l->g", held, fleet.expert_bytes)
+        self.held: Ints = bytes_by_group(ready | snapshot.loading, fleet.expert_bytes)
         self.free: Ints = fleet.budget_bytes - self.held
 
     def spare_on(self, group: int, size: int) -> tuple[int, int] | None:

@@ -13,7 +13,7 @@ from placement.repair import Owed, repair
 from placement.scratch import from_scratch
 from placement.search import Searcher
 from placement.survive import check_survives
-from placement.types import Bools, Fleet, Floats, Placement
+from placement.types import Bools, Fleet, Floats, Placement, bytes_by_group
 
 _NEAR = 1.08  # within this factor of a perfectly level fleet no full plan is tried
 
@@ -146,7 +146,7 @@ def make_plan(
 
 def loading_s(plan: Plan, fleet: Fleet) -> float:
     """Seconds until the slowest group has loaded its new replicas (groups load in parallel)."""
-    per_group = np.einsum("leg,l->g", plan.loads.astype(np.int64), fleet.expert_bytes)
+    per_group = bytes_by_group(plan.loads, fleet.expert_bytes)
     return float((per_group / fleet.bandwidth).max())
 
 

@@ -151,22 +151,20 @@ def host_lists(resident: Bools, spare: int = 0) -> tuple[Ints, Ints]:
 
 def even_shares(load: Floats, resident: Bools, rate: Floats, base: Floats) -> Floats:
     """Shares float64 [L, E, G] that level the groups for the load [L, E]; by speed where idle."""
+    layers, experts, groups = resident.shape
     hosts, copies = host_lists(resident)
     sweeps = 4 if resident.size < 500_000 else 2
     poured = pour(load[:, None, :], hosts, copies, rate, base, sweeps)
-    by_speed = resident * rate
-    share = by_speed / np.maximum(by_speed.sum(2, keepdims=True), 1e-300)
-    wide = np.concatenate([share, np.zeros((*share.shape[:2], 1))], 2)
+    # written by replica: most of the array is empty
+    share = np.zeros(layers * experts * (groups + 1))
+    speeds = np.append(rate, 0.0)[hosts]  # [L, E, C]
+    speeds /= np.maximum(speeds.sum(2, keepdims=True), 1e-300)
+    first = np.arange(layers * experts).reshape(layers, experts) * (groups + 1)
+    share[first[:, :, None] + hosts] = speeds
     flow = poured.flow[:, :, 0, :]
-    total = flow.sum(2, keepdims=True)
-    layer, r = np.nonzero(total[:, :, 0] > 0)
-    if len(layer):
-        expert = poured.rep[layer, r]
-        wide[layer, expert] = 0
-        np.add.at(
-            wide,
-            (layer[:, None], expert[:, None], poured.hosts[layer, r]),
-            (flow / np.maximum(total, 1e-300))[layer, r],
-        )
-    out: Floats = wide[:, :, :-1]
+    total = flow.sum(2)
+    layer, r = np.nonzero(total > 0)
+    part = flow[layer, r] / total[layer, r][:, None]
+    share[first[layer, poured.rep[layer, r]][:, None] + poured.hosts[layer, r]] = part
+    out: Floats = share.reshape(layers, experts, groups + 1)[:, :, :groups]
     return out

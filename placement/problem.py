@@ -10,7 +10,7 @@ from placement.plan import PlanConfig
 from placement.pour import host_lists, pour
 from placement.score import layer_score
 from placement.search import Searcher
-from placement.types import Bools, Fleet, Floats, Ints
+from placement.types import Bools, Fleet, Floats, Ints, bytes_by_group
 
 
 class Problem:
@@ -84,7 +84,7 @@ class Problem:
         limit: float,
         rounds: int,
     ) -> Searcher:
-        held = np.einsum("leg,l->g", resident.astype(np.int64), self.size)
+        held = bytes_by_group(resident, self.size)
         room = np.where(self.staying, self.fleet.budget_bytes - held, 0)
         pool = np.inf
         if self.config.budget_bytes is not None:

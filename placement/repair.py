@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from placement.errors import DoesNotFit
-from placement.types import Bools, Fleet, Floats, Ints
+from placement.types import Bools, Fleet, Floats, Ints, bytes_by_group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ def repair(
     resident &= present[:, :, None]
     budget = np.where(staying, fleet.budget_bytes, 0)
     _check_total(fleet, present, budget)
-    held = np.einsum("leg,l->g", resident.astype(np.int64), fleet.expert_bytes)
+    held = bytes_by_group(resident, fleet.expert_bytes)
     busy = _busy(resident, load)
     for group in np.flatnonzero(held > budget).tolist():
         _shrink(resident, fleet, load, group, int(budget[group]), held, bool(staying[group]), owed)

@@ -167,8 +167,13 @@ class Placement:
 
     def bytes_of_group(self, expert_bytes: Ints) -> Ints:
         """Bytes each group holds, int64 [G]."""
-        held: Ints = np.einsum("leg,l->g", self.resident.astype(np.int64), expert_bytes)
-        return held
+        return bytes_by_group(self.resident, expert_bytes)
+
+
+def bytes_by_group(resident: Bools, expert_bytes: Ints) -> Ints:
+    """Bytes that replicas [L, E, G] fill in each group, int64 [G]."""
+    held: Ints = (resident.sum(1, dtype=np.int64) * expert_bytes[:, None]).sum(0)
+    return held
 
 
 def check_load(load: npt.ArrayLike, layers: int | None = None) -> Floats:
