@@ -66,16 +66,18 @@ def pack_levels(load: Floats, copies: Ints, caps: Ints, rate: Floats) -> tuple[B
     slot = np.stack([np.searchsorted(row, step, side="right") for row in ends])
     padded = np.concatenate([order, np.full((rows, 1), experts)], 1)
     expert_of_step = np.take_along_axis(padded, np.minimum(slot, experts), 1)  # [N, total]
-    weights = np.concatenate([piece, np.zeros((rows, 1))], 1)
+    # single precision: the choice of a group needs no more, and the loop is bound by memory
+    weights = np.concatenate([piece, np.zeros((rows, 1))], 1).astype(np.float32)
     row = np.arange(rows)
-    busy = np.zeros((rows, groups))
+    busy = np.zeros((rows, groups), np.float32)
     room = caps.astype(np.int64).copy()
     free = room.sum(1)
     owed = (copies > 0).sum(1)  # experts not placed yet: their places are kept
     held = np.zeros((rows, experts + 1), np.int64)
     wide = np.zeros((rows, experts + 1, groups), np.bool_)
-    slow = 1.0 / rate
-    full = np.where(room > 0, 0.0, np.inf)
+    slow = (1.0 / rate).astype(np.float32)
+    full = np.where(room > 0, 0.0, np.inf).astype(np.float32)
+    far, none = np.float32(np.inf), np.float32(0)
     for s in range(total):
         expert = expert_of_step[:, s]
         first = held[row, expert] == 0
@@ -85,7 +87,7 @@ def pack_levels(load: Floats, copies: Ints, caps: Ints, rate: Floats) -> tuple[B
         end += full
         again = np.flatnonzero(~first)
         if len(again):  # never two copies on a group
-            end[again] += np.where(wide[again, expert[again]], np.inf, 0.0)
+            end[again] += np.where(wide[again, expert[again]], far, none)
         group = end.argmin(1)
         placed = (expert < experts) & (first | (free > owed)) & (end[row, group] < np.inf)
         at, who, where = row[placed], expert[placed], group[placed]
@@ -96,4 +98,4 @@ def pack_levels(load: Floats, copies: Ints, caps: Ints, rate: Floats) -> tuple[B
         free[placed] -= 1
         held[at, who] += 1
         owed[placed & first] -= 1
-    return wide[:, :experts], busy * slow
+    return wide[:, :experts], (busy * slow).astype(np.float64)
