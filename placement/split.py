@@ -21,6 +21,7 @@ from placement.types import Bools, Floats, Ints
 
 _SWEEPS = 4
 _CLOSE = 1.004  # stop within 0.4 % of the bound: a further step costs more than it gains
+_STILL = 0.998  # a sweep that lowers the slowest group by less is the last
 _FEW = 12  # replicated experts up to which scalar steps are faster than whole arrays
 _FIXES = 12  # scalar steps after rounding
 
@@ -102,16 +103,16 @@ class LayerSplit:
         poured: list[list[int] | None] = [None] * len(tokens)
         active = [i for i, n in enumerate(tokens) if n]
         enough = bound * _CLOSE
+        last = float("inf")
         for _ in range(_SWEEPS):
-            moved = False
             for i in active:
-                hosts, before = self._hosts[i], poured[i]
+                hosts = self._hosts[i]
                 step = self._pour_two if len(hosts) == 2 else self._pour_many
-                after = step(levels, hosts, tokens[i], before, bound)
-                if after != before:
-                    poured[i], moved = after, True
-            if not moved or max(levels) <= enough:
+                poured[i] = step(levels, hosts, tokens[i], poured[i], bound)
+            top = max(levels)
+            if top <= enough or top > last * _STILL:
                 break
+            last = top
         for i in active:
             parts = poured[i]
             assert parts is not None
