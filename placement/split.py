@@ -60,12 +60,18 @@ class LayerSplit:
         self._hosts: list[list[int]] = [
             np.flatnonzero(resident[e]).tolist() for e in self._replicated
         ]
+        per, gamma = self._per_pair_s, self._gamma_s
+        self._two = [(a, b, per[a], per[b], gamma[a], gamma[b]) for a, b in self._pairs()]
+        self._twos = len(self._two)  # they come first
         self._leveller = None
         if len(self._replicated) > _FEW:
             mask = resident[self._replicated]
             start = mask * speed if share is None else share[self._replicated]
             self._leveller = Leveller(mask, start, speed)
             self._on_group = [np.flatnonzero(mask[:, g]).tolist() for g in range(self.groups)]
+
+    def _pairs(self) -> list[tuple[int, int]]:
+        return [(hosts[0], hosts[1]) for hosts in self._hosts if len(hosts) == 2]
 
     def split(self, counts: Ints) -> Ints:
         """counts int64 [E] -> int64 [E, G]; rows sum to counts, only on ready replicas.
@@ -106,9 +112,11 @@ class LayerSplit:
         last = float("inf")
         for _ in range(_SWEEPS):
             for i in active:
-                hosts = self._hosts[i]
-                step = self._pour_two if len(hosts) == 2 else self._pour_many
-                poured[i] = step(levels, hosts, tokens[i], poured[i], bound)
+                if i < self._twos:
+                    poured[i] = self._pour_two(levels, i, tokens[i], poured[i], bound)
+                else:
+                    hosts = self._hosts[i]
+                    poured[i] = self._pour_many(levels, hosts, tokens[i], poured[i], bound)
             top = max(levels)
             if top <= enough or top > last * _STILL:
                 break
@@ -119,35 +127,32 @@ class LayerSplit:
             out[self._replicated[i], self._hosts[i]] = parts
 
     def _pour_two(
-        self,
-        levels: list[float],
-        hosts: list[int],
-        tokens: int,
-        before: list[int] | None,
-        bound: float,
+        self, levels: list[float], i: int, tokens: int, before: list[int] | None, bound: float
     ) -> list[int]:
         """Take one expert's tokens out of `levels` and pour them back over its two groups."""
-        a, b = hosts
-        per_a, per_b = self._per_pair_s[a], self._per_pair_s[b]
-        open_a, open_b = self._gamma_s[a], self._gamma_s[b]
+        a, b, per_a, per_b, open_a, open_b = self._two[i]
         low_a, low_b = levels[a], levels[b]
         if before is not None:
             on_a, on_b = before
-            low_a -= on_a * per_a + (open_a if on_a else 0.0)
-            low_b -= on_b * per_b + (open_b if on_b else 0.0)
-        all_a, all_b = low_a + open_a + tokens * per_a, low_b + open_b + tokens * per_b
+            if on_a:
+                low_a -= on_a * per_a + open_a
+            if on_b:
+                low_b -= on_b * per_b + open_b
+        base_a, base_b = low_a + open_a, low_b + open_b
+        all_a, all_b = base_a + tokens * per_a, base_b + tokens * per_b
         on_a, best = (tokens, all_a) if all_a <= all_b else (0, all_b)
         if best > bound:
-            cut = round((low_b + open_b - low_a - open_a + tokens * per_b) / (per_a + per_b))
+            cut = int((all_b - base_a) / (per_a + per_b) + 0.5)
             if 0 < cut < tokens:
-                ends_a = low_a + open_a + cut * per_a
-                ends_b = low_b + open_b + (tokens - cut) * per_b
-                if (ends_a if ends_a > ends_b else ends_b) < best:
-                    on_a = cut
-        on_b = tokens - on_a
-        levels[a] = low_a + (on_a * per_a + open_a if on_a else 0.0)
-        levels[b] = low_b + (on_b * per_b + open_b if on_b else 0.0)
-        return [on_a, on_b]
+                end_a, end_b = base_a + cut * per_a, base_b + (tokens - cut) * per_b
+                if end_a < best and end_b < best:
+                    levels[a], levels[b] = end_a, end_b
+                    return [cut, tokens - cut]
+        if on_a:
+            levels[a], levels[b] = all_a, low_b
+            return [tokens, 0]
+        levels[a], levels[b] = low_a, all_b
+        return [0, tokens]
 
     def _pour_many(
         self,
