@@ -7,11 +7,19 @@ and from the `args` of `serve_app:build` in a Serve config. Unknown names fail. 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from raymoe.errors import ConfigError
 
@@ -19,8 +27,38 @@ GIB = 1 << 30
 MIB = 1 << 20
 
 
+_OWN_FIELDS = {"CPU": "num_cpus", "GPU": "num_gpus"}
+
+
+def _torch_device(device: str) -> str:
+    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", device):
+        raise ValueError(f"must be cpu, cuda or cuda:N, got {device!r}")
+    return device
+
+
+def _router_device(device: str) -> str:
+    if device != "cpu":
+        raise ValueError(f"routers run on cpu only so far, other devices are not built: {device!r}")
+    return device
+
+
+def _custom_resources(resources: dict[str, float]) -> dict[str, float]:
+    for name, amount in resources.items():
+        if name in _OWN_FIELDS:
+            raise ValueError(f"{name} is asked for with {_OWN_FIELDS[name]}")
+        if not name or amount <= 0:
+            raise ValueError(f"needs a name and an amount above 0, got {name!r}: {amount}")
+    return resources
+
+
+def _route(prefix: str) -> str:
+    if not re.fullmatch(r"/|(/[A-Za-z0-9._~-]+)+", prefix):
+        raise ValueError(f"must be / or like /demo, without a slash at its end, got {prefix!r}")
+    return prefix
+
+
 class _Checked(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class GroupsConfig(_Checked):
@@ -31,10 +69,12 @@ class GroupsConfig(_Checked):
     memory_bytes: int | None = Field(
         None, gt=0, description="expert bytes a group may hold; none: its share of the model + 25 %"
     )
-    device: str = Field("cpu", description="torch device of the experts, e.g. cpu or cuda")
+    device: Annotated[str, AfterValidator(_torch_device)] = Field(
+        "cpu", description="torch device of the experts: cpu, cuda or cuda:N"
+    )
     num_cpus: float = Field(1.0, ge=0, description="Ray CPUs a group asks for")
     num_gpus: float = Field(0.0, ge=0, description="Ray GPUs a group asks for")
-    resources: dict[str, float] = Field(
+    resources: Annotated[dict[str, float], AfterValidator(_custom_resources)] = Field(
         default_factory=dict, description="custom Ray resources a group asks for"
     )
     label_selector: dict[str, str] = Field(
@@ -51,7 +91,9 @@ class RoutersConfig(_Checked):
     count: int = Field(1, ge=1, le=256, description="how many routers share the groups")
     num_cpus: float = Field(1.0, ge=0, description="Ray CPUs a router asks for")
     num_gpus: float = Field(0.0, ge=0, description="Ray GPUs a router asks for")
-    device: str = Field("cpu", description="torch device of the dense part")
+    device: Annotated[str, AfterValidator(_router_device)] = Field(
+        "cpu", description="torch device of the dense part; only cpu so far"
+    )
     kv_bytes: int = Field(512 * MIB, gt=0, description="bytes of the paged KV cache")
     block_tokens: int = Field(16, ge=1, le=1024, description="tokens a KV block holds")
     max_batch: int = Field(64, ge=1, description="requests in one step at most")
@@ -67,6 +109,11 @@ class GatewayConfig(_Checked):
 
     host: str = Field("127.0.0.1", description="address the endpoint listens on")
     port: int = Field(8000, ge=1, le=65535, description="port the endpoint listens on")
+    route_prefix: Annotated[str, AfterValidator(_route)] = Field(
+        "/",
+        description="path before /v1 and all other routes; several deployments of one cluster "
+        "need different ones",
+    )
     count: int = Field(1, ge=1, le=256, description="gateway replicas")
     num_cpus: float = Field(0.5, ge=0, description="Ray CPUs a gateway asks for")
     model_name: str | None = Field(
@@ -78,6 +125,9 @@ class GatewayConfig(_Checked):
     )
     request_timeout_s: float = Field(
         600.0, gt=0, description="a request not finished by then ends with an error"
+    )
+    drain_s: float = Field(
+        3.0, ge=0, le=10, description="how long a stop waits for open requests to finish"
     )
 
 
@@ -95,7 +145,9 @@ class DataPlaneConfig(_Checked):
         "partial",
         description="partial: groups weight and sum their pairs; rows: one row a pair comes back",
     )
-    slot_bytes: int = Field(4 * MIB, ge=65536, description="bytes of one message slot of a link")
+    slot_bytes: int = Field(
+        4 * MIB, ge=65536, le=GIB, description="bytes of one message slot of a link"
+    )
     slots: int = Field(4, ge=2, le=64, description="message slots of a link")
     host: str = Field(
         "127.0.0.1", description="address the TCP ends listen on; `node`: the Ray node's address"
@@ -153,6 +205,8 @@ class DeploymentConfig(_Checked):
     @model_validator(mode="before")
     @classmethod
     def _number_of_groups(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("groups"), bool):
+            raise ValueError("groups: a number or a list of kinds is needed, not true or false")
         if isinstance(data, dict) and isinstance(data.get("groups"), int):
             return {**data, "groups": ({"count": data["groups"]},)}
         return data
@@ -211,7 +265,8 @@ def parse_config(data: dict[str, Any], source: str) -> DeploymentConfig:
             what = error["msg"].removeprefix("Value error, ")
             if error["type"] == "extra_forbidden":
                 what = "unknown setting"
-            wrong.append(f"{field}: {what}" if not what.startswith(field) else what)
+            named = not error["loc"] or what.startswith(field)
+            wrong.append(what if named else f"{field}: {what}")
         raise ConfigError(f"wrong settings in {source}: " + "; ".join(wrong)) from e
 
 
