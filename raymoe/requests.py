@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+ErrorKind = Literal["overloaded", "bad_request", "unavailable"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,3 +74,4 @@ class TokenEvent:
     finish: FinishReason | None = None
     error: str | None = None  # the sentence, with finish == "error"
     cached_prompt_tokens: int = field(default=0)
+    error_kind: ErrorKind | None = None  # with finish == "error"; None: a failure of our own

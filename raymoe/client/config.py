@@ -12,7 +12,9 @@ class ClientConfig:
 
     mode               partial: groups weight and sum their pairs, one row a token comes back;
                        rows: one row a pair comes back, weighted and summed here in gate order
-    stall_limit_s      how long a batch waits for an expert without a live replica
+    stall_limit_s      how long a batch waits for an expert without a live replica; short, since
+                       the engine hears of cancelled requests only between two tries
+    slow_limit_s       how long one message may be out at a group that answers others meanwhile
     retry_s            pairs without a live replica are tried again so often, and at each new table
     message_tokens     a message spans at most so many tokens, so that none holds a group long
     deadline_multiple  of the predicted time; then a group counts as hung
@@ -24,7 +26,8 @@ class ClientConfig:
     """
 
     mode: Literal["partial", "rows"] = "partial"
-    stall_limit_s: float = 30.0
+    stall_limit_s: float = 5.0
+    slow_limit_s: float = 30.0
     retry_s: float = 0.05
     message_tokens: int = 1024
     deadline_multiple: float = 8.0

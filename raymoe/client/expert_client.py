@@ -416,7 +416,7 @@ class ExpertClient:
         for connection in [*self._connections.values(), *self._retiring]:
             if connection.first_deadline_s() <= now:
                 connection.patience.struck()
-                if connection.progressing(now, self.config.stall_limit_s):
+                if connection.progressing(now, self.config.slow_limit_s):
                     self.stats.slow += 1
                     limit_s = connection.patience.limit_s(
                         connection.pairs_out + connection.queued_pairs, len(connection.attempts)

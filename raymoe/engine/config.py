@@ -18,6 +18,8 @@ class EngineConfig:
     chunk_tokens: int = 256  # prompt tokens prefilled in one step, over all requests
     max_context: int | None = None  # None: what the checkpoint says
     max_waiting: int = 4096  # requests queued before `Overloaded`
+    stall_end_s: float = 600.0  # a request whose experts are away for so long ends; 0: at once
+    stall_pause_s: float = 0.05  # between two tries of a stalled step, where experts do not wait
 
     def __post_init__(self) -> None:
         for name in ("kv_bytes", "block_tokens", "max_batch", "chunk_tokens", "max_waiting"):
@@ -25,5 +27,8 @@ class EngineConfig:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not 0 <= self.lanes_share < 1:
             raise ConfigError(f"lanes_share must be from 0 to below 1, not {self.lanes_share}")
+        for name in ("stall_end_s", "stall_pause_s"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be at least 0, not {getattr(self, name)}")
         if self.max_context is not None and self.max_context < 2:
             raise ConfigError(f"max_context must be at least 2, not {self.max_context}")

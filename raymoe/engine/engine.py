@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 from collections import deque
-from time import perf_counter
+from time import monotonic, perf_counter, sleep
 from typing import Any
 
 import torch
@@ -28,7 +29,15 @@ from raymoe.engine.seam import Experts
 from raymoe.engine.sequence import Sequence, start_sequence
 from raymoe.engine.stats import EngineStats
 from raymoe.errors import ExpertsUnavailable, Overloaded, RequestError
-from raymoe.requests import FinishReason, GenerationRequest, TokenEvent, TokenLogprobs
+from raymoe.requests import (
+    ErrorKind,
+    FinishReason,
+    GenerationRequest,
+    TokenEvent,
+    TokenLogprobs,
+)
+
+log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -115,8 +124,9 @@ class Engine:
     def step(self) -> list[TokenEvent]:
         """Compute one packed forward; what it made, and which requests ended.
 
-        When `ExpertsUnavailable` stops the forward, its requests end with that sentence and the
-        others go on. Any other exception leaves the engine as it was: the step can be run again.
+        When `ExpertsUnavailable` stops the forward, nothing has happened but the wait: the next
+        step tries again, and a request that has been stalled for `stall_end_s` ends with an error.
+        Any other exception leaves the engine as it was: the step can be run again.
         """
         begin = perf_counter()
         events = self._drain_inbox()
@@ -131,7 +141,7 @@ class Engine:
                 logits = self._model.forward(chunks, rows_of(found))
             except ExpertsUnavailable as error:
                 self._model.spoilt(chunks)
-                return events + [self._end(one, error=str(error)) for one, _ in chunks]
+                return events + self._stall(chunks, error, perf_counter() - planned)
             except BaseException:
                 self._model.spoilt(chunks)
                 raise
@@ -161,6 +171,28 @@ class Engine:
                 events.append(self._end(sequence, finish=finish))
         return events
 
+    def _stall(self, chunks: Chunks, error: ExpertsUnavailable, tried_s: float) -> list[TokenEvent]:
+        """A try has failed after `tried_s`: ends what has been stalled for too long.
+
+        The experts of a fleet have waited already; ones that fail at once must not make us spin.
+        """
+        self.stats.stalled_steps += 1
+        self.stats.stalled_s += tried_s
+        now = monotonic()
+        if all(one.stalled_since is None for one, _ in chunks):
+            log.warning("%d requests are stalled: %s", len(chunks), error)
+        ended = []
+        for one, _ in chunks:
+            if one.stalled_since is None:
+                one.stalled_since = now - tried_s
+            stalled_s = now - one.stalled_since
+            if stalled_s >= self.config.stall_end_s:
+                sentence = str(ExpertsUnavailable(error.layer, error.experts, stalled_s))
+                ended.append(self._end(one, error=sentence, kind="unavailable"))
+        if not ended and tried_s < self.config.stall_pause_s:
+            sleep(self.config.stall_pause_s - tried_s)
+        return ended
+
     def _commit(
         self, chunks: Chunks, found: list[Reading], logits: torch.Tensor
     ) -> list[TokenEvent]:
@@ -171,6 +203,7 @@ class Engine:
         events = []
         for reading, (sequence, count) in zip(found, chunks, strict=True):
             sequence.computed += count
+            sequence.stalled_since = None
             if reading.sample is not None:
                 token, logprob = next(drawn)
                 events.append(self._append(sequence, token, logprob))
@@ -192,7 +225,12 @@ class Engine:
         )
 
     def _end(
-        self, sequence: Sequence, *, finish: FinishReason = "error", error: str | None = None
+        self,
+        sequence: Sequence,
+        *,
+        finish: FinishReason = "error",
+        error: str | None = None,
+        kind: ErrorKind | None = None,
     ) -> TokenEvent:
         self._forget(sequence)
         return TokenEvent(
@@ -200,6 +238,7 @@ class Engine:
             prompt_logprobs=_take_once(sequence),
             finish=finish,
             error=error,
+            error_kind=kind,
         )
 
     def _forget(self, sequence: Sequence) -> None:

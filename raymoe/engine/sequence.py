@@ -25,6 +25,7 @@ class Sequence:
     state: Any = None
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs_sent: bool = False
+    stalled_since: float | None = None  # monotonic s of the first failed try since a success
     plain_greedy: bool = False  # nothing but the likeliest token is wanted of each step
 
     @property

@@ -17,6 +17,8 @@ class EngineStats:
     plan_s: float = 0.0  # scheduling
     forward_s: float = 0.0  # the model, with index tensors, attention and the wait for experts
     sample_s: float = 0.0  # sampling and events
+    stalled_steps: int = 0  # tries that failed because experts were away
+    stalled_s: float = 0.0  # spent in them
 
     def record(
         self, plan: StepPlan, *, begin: float, planned: float, computed: float, done: float

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -258,24 +259,94 @@ def test_an_engine_is_built_without_calling_any_expert(
     assert "dispatch" not in vars(experts)  # nothing of the probe is left
 
 
-def test_lost_experts_fail_their_step_only(failing: tuple[FailingExperts, Engine]) -> None:
+class Clock:
+    """The engine's own, which moves by what is slept and by what a test says."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now_s = 100.0
+        self.slept: list[float] = []
+        monkeypatch.setattr("raymoe.engine.engine.monotonic", lambda: self.now_s)
+        monkeypatch.setattr("raymoe.engine.engine.sleep", self.sleep)
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now_s += seconds
+
+
+def fail_next(experts: FailingExperts, call: int = 1) -> None:
+    """Of the coming calls of an expert layer, one finds no live replica."""
+    experts.failures[experts.calls + call] = ExpertsUnavailable(1, (3,), 5.0)
+
+
+def test_requests_wait_for_lost_experts_and_go_on(
+    failing: tuple[FailingExperts, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
     experts, engine = failing
-    outcomes = {name: Outcome() for name in "abcd"}
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr(engine, "config", replace(engine.config, stall_pause_s=20.0))
+    requests = [request(name, prompt(25, ord(name)), max_tokens=6) for name in "ab"]
+    good = run(engine, requests)
+    outcomes = {name: Outcome() for name in "ab"}
+    for each in requests:
+        engine.add(each)
+    failed, before = 0, engine.stats.stalled_steps
+    while engine.has_work:
+        for each_try in range(3):  # in prefill as in decode, in the first layer and in the second
+            fail_next(experts, 1 + each_try % 2)
+            assert engine.step() == []
+            failed += 1
+            clock.now_s += 0.3 * engine.config.stall_end_s  # in sum beyond it, not in one stall
+        for event in engine.step():
+            outcomes[event.request_id].take(event)
+    assert outcomes == good
+    assert engine.stats.stalled_steps - before == failed
+    assert len(clock.slept) == failed  # these experts do not wait, so the engine does
+    assert max(clock.slept) <= engine.config.stall_pause_s
+
+
+def test_a_request_that_was_stalled_for_too_long_ends(
+    failing: tuple[FailingExperts, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts, engine = failing
+    clock = Clock(monkeypatch)
     good = run(engine, [request("a", prompt(9), max_tokens=6)])["a"].tokens
-    for name in "ab":
-        engine.add(request(name, prompt(9), max_tokens=6))
-    for event in engine.step():
-        outcomes[event.request_id].take(event)
-    experts.failures[experts.calls + 2] = ExpertsUnavailable(1, (3,), 2.0)
-    for event in engine.step():
-        outcomes[event.request_id].take(event)
-    for name in "ab":
-        assert outcomes[name].finish == "error"
-        assert "expert" in str(outcomes[name].error) and "layer 1" in str(outcomes[name].error)
-    for name in "cd":
-        engine.add(request(name, prompt(9), max_tokens=6))
+    outcomes = {name: Outcome() for name in "abc"}
+    engine.add(request("a", prompt(9), max_tokens=6))
+    fail_next(experts)
+    assert engine.step() == []
+    clock.now_s += engine.config.stall_end_s - 1
+    engine.add(request("b", prompt(9), max_tokens=6))
+    fail_next(experts)
+    assert engine.step() == []
+    clock.now_s += 2
+    fail_next(experts)
+    (event,) = engine.step()  # the one that came later has time left
+    assert (event.request_id, event.finish, event.error_kind) == ("a", "error", "unavailable")
+    assert event.error is not None
+    assert "layer 1" in event.error and "within 601" in event.error
+    outcomes["a"].take(event)
+    engine.add(request("c", prompt(9), max_tokens=6))
     finish(engine, outcomes)
-    assert outcomes["c"].tokens == outcomes["d"].tokens == good
+    assert outcomes["b"].tokens == outcomes["c"].tokens == good
+
+
+def test_a_stalled_request_can_be_cancelled(failing: tuple[FailingExperts, Engine]) -> None:
+    experts, engine = failing
+    engine.add(request("a", prompt(9), max_tokens=6))
+    for _ in range(2):
+        fail_next(experts)
+        assert engine.step() == []
+    engine.cancel("a")
+    (event,) = engine.step()
+    assert (event.request_id, event.finish) == ("a", "cancelled")
+    assert not engine.has_work
+    assert engine.pool.used == 0
+
+
+@pytest.mark.parametrize("name", ["stall_end_s", "stall_pause_s"])
+def test_negative_stall_times_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=name):
+        EngineConfig(**{name: -1.0})  # type: ignore[arg-type]
 
 
 def test_a_step_that_broke_can_be_run_again(failing: tuple[FailingExperts, Engine]) -> None:

@@ -34,8 +34,13 @@ def random_requests(draw: random.Random, count: int) -> list[GenerationRequest]:
     ]
 
 
-@pytest.mark.parametrize(("family", "seed"), [("qwen3_moe", 0), ("gpt_oss", 1), ("qwen3_next", 1)])
-def test_every_request_gets_its_own_tokens_or_its_own_end(family: str, seed: int) -> None:
+@pytest.mark.parametrize(
+    ("family", "seed", "stall_end_s"),
+    [("qwen3_moe", 0, 600.0), ("gpt_oss", 1, 0.0), ("qwen3_next", 1, 600.0)],
+)
+def test_every_request_gets_its_own_tokens_or_its_own_end(
+    family: str, seed: int, stall_end_s: float
+) -> None:
     draw = random.Random(seed)
     requests = random_requests(draw, 14)
     plenty = stock_engine(family)
@@ -44,7 +49,8 @@ def test_every_request_gets_its_own_tokens_or_its_own_end(family: str, seed: int
     scarce = {"kv_bytes": 1_700_000, "lanes_share": 0.97, "max_batch": 6}
     if family == "qwen3_next":
         scarce = {"kv_bytes": 90_000, "max_batch": 6}
-    engine = Engine(model, None, EngineConfig(**{**SMALL, **scarce}))
+    stalls = {"stall_end_s": stall_end_s, "stall_pause_s": 0.0}
+    engine = Engine(model, None, EngineConfig(**{**SMALL, **scarce, **stalls}))
     failures: list[Exception] = []
     model.model.layers[1].register_forward_pre_hook(lambda *_: fail(failures))
     outcomes = {each.request_id: Outcome() for each in requests}
@@ -73,6 +79,8 @@ def test_every_request_gets_its_own_tokens_or_its_own_end(family: str, seed: int
     assert engine.preemptions > 0
     ends = [one.finish for one in outcomes.values()]
     assert ends.count("error") == unavailable
+    assert engine.stats.stalled_steps > 0
+    assert (unavailable > 0) == (stall_end_s == 0)
     for name, found in outcomes.items():
         truth = expected[name]
         if found.finish == truth.finish:
