@@ -1,16 +1,16 @@
-"""`raymoe serve`: bring a deployment up, say what happens, wait for a signal, take it down."""
+"""`raymoe serve`: bring a deployment up, watch it, wait for a signal, take it down."""
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
 import secrets
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+import urllib.error
+import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,36 +18,50 @@ import ray
 from ray import serve
 from ray.serve.context import _get_global_client
 
-from actors.controller import ensure_controller, find_controller, reason
+from actors.controller import ensure_controller, reason
+from actors.leftovers import remove_leftovers
 from actors.local import LocalRay, check_port_free
+from actors.say import announce, base_url, last_sentence, lasting_error, say
+from actors.spawn import controller_name, names_alive
+from actors.take_down import drain, end_actors, leave_cluster, quiet_serve, within
+from actors.watch import Watch, watch
 from raymoe.config import DeploymentConfig, read_secret
-from raymoe.errors import ConfigError
+from raymoe.errors import ConfigError, RaymoeError
 
-MIB = 1 << 20
 _POLL_S = 0.2
-_STOP_GRACE_S = 5.0
 _STEP_S = 10.0  # for the step of a start that is under way when it is to stop
 _OWN_STEP_S = 1.0
+_LEAVE_S = 14.0  # a cluster that does not answer is not waited for longer
 
 
 class _Stopped(Exception):
     """A signal arrived while the deployment was coming up."""
 
 
-def launch(
-    config: DeploymentConfig, spec_json: str, summary: str, build: Callable[..., Any]
-) -> int:
-    """Serves until SIGINT or SIGTERM; the exit status. `build` makes the Serve application.
+class _RayGone(RaymoeError):
+    """Ray does not answer any more. One argument: the sentence."""
 
-    Raises `ConfigError` (and other `RaymoeError`s) when the deployment cannot come up; whatever
-    was started by then is gone.
+
+def launch(
+    config: DeploymentConfig,
+    spec_json: str,
+    summary: str,
+    build: Callable[..., Any],
+    stop: threading.Event,
+) -> int:
+    """Serves until SIGINT, SIGTERM or `stop`; the exit status. `build` makes the application.
+
+    Raises `ConfigError` (and other `RaymoeError`s) when the deployment cannot come up or cannot
+    go on; whatever was started by then is gone.
     """
     if config.ray.address is None:  # in a cluster, Ray Serve may listen there already
+        for folder in remove_leftovers(config.ray.temp_dir):
+            say(f"removed {folder}: left by a raymoe serve that was killed")
         check_port_free(config.gateway.host, config.gateway.port)
-    stop = threading.Event()
-    _say(f"raymoe: {summary}")
+    say(f"raymoe: {summary}")
     bringing_up = _BringUp(config, spec_json, build, stop)
     bringing_up.start()
+    clean = False
     try:
         while not stop.is_set():
             # Again and again: Ray's core puts its own handler for SIGTERM in place whenever it is
@@ -55,12 +69,14 @@ def launch(
             for signum in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(signum, lambda *_: stop.set())
             stop.wait(_POLL_S)
-            if bringing_up.failed is not None:
-                raise bringing_up.failed
+            bringing_up.raise_if_over()
+        clean = True
+    except _RayGone as e:
+        bringing_up.abandon(str(e))
     finally:
-        _say("stopping")
-        bringing_up.take_down()
-    _say("stopped")
+        say("stopping")
+        bringing_up.take_down(keep_logs=not clean)
+    say("stopped")
     return 0
 
 
@@ -81,32 +97,39 @@ class _BringUp(threading.Thread):
         super().__init__(name="bring-up", daemon=True)
         self._config, self._spec_json, self._build, self._stop = config, spec_json, build, stop
         self._local: LocalRay | None = None
+        self._created = False  # a controller of our own, and whatever comes after it
+        self._deployed = False
+        self._serve_is_ours = False
+        self._watch: Watch | None = None
         self._through = threading.Event()
         self._taken_down = threading.Event()
-        self.failed: Exception | None = None
+        self._error: Exception | None = None
 
     def run(self) -> None:
-        started = time.monotonic()
         try:
-            self._start_ray()
-            self._check()
-            controller = ensure_controller(self._config, self._spec_json)
-            self._check()
-            _deploy(self._config, self._build, self._spec_json)
-            _follow(controller, self._config, self._check)
-            _announce(self._config, time.monotonic() - started)
+            self._bring_up(time.monotonic())
         except _Stopped:
             pass
         except (ray.exceptions.RayError, ConnectionError) as e:
-            self.failed = ConfigError(f"the deployment cannot start: {reason(e)}")
+            self._error = ConfigError(f"the deployment cannot start: {reason(e)}")
         except Exception as e:
-            self.failed = e
+            self._error = e
         finally:
             self._through.set()
             # Ray has its processes die with the thread that started them: stay.
             self._taken_down.wait()
 
-    def take_down(self) -> None:
+    def raise_if_over(self) -> None:
+        """Raises what went wrong, in the start or since then."""
+        if self._error is not None:
+            raise self._error
+        if self._watch is not None:
+            if self._watch.failed():
+                raise RaymoeError(f"the deployment has failed: {self._watch.failed()}")
+            if self._watch.ray_gone(time.monotonic()):
+                raise _RayGone("Ray does not answer any more; the deployment is lost")
+
+    def take_down(self, keep_logs: bool) -> None:
         """Ends what was started.
 
         A Ray of our own that is still coming up is not asked: its processes are ended. In a
@@ -116,11 +139,38 @@ class _BringUp(threading.Thread):
         finished = self._through.wait(_STEP_S if self._local is None else _OWN_STEP_S)
         if self._local is not None and not finished:
             self._local.kill()
-            _say("stopped")
-            sys.stdout.flush()
-            os._exit(0)  # the broken step still runs in its thread, and may wait for long
-        _take_down(self._config, self._local)
+            say("stopped")
+            _leave(0)  # the broken step still runs in its thread, and may wait for long
+        if self._watch is not None:
+            self._watch.end()
+            drain(self._config)
+        if self._local is None:
+            self._leave_cluster()
+        else:
+            if self._created and ray.is_initialized():
+                within(_LEAVE_S / 2, lambda: end_actors(self._config.name))
+            _tell_logs(self._local.stop(keep_logs=keep_logs))
         self._taken_down.set()
+
+    def abandon(self, sentence: str) -> None:
+        """The end when Ray is gone: nothing can be asked of it, and its client may hang."""
+        if self._local is not None:
+            _tell_logs(self._local.kill(keep_logs=True))
+        print(f"raymoe: {sentence}", file=sys.stderr, flush=True)
+        _leave(2)
+
+    def _bring_up(self, started_s: float) -> None:
+        self._start_ray()
+        self._check()
+        self._created = True
+        controller = ensure_controller(self._config, self._spec_json)
+        self._check()
+        self._deployed = True
+        _deploy(self._config, self._build, self._spec_json)
+        _follow(controller, self._config, self._check)
+        announce(self._config, time.monotonic() - started_s)
+        self._watch = watch(self._config.name)
+        self._watch.start()
 
     def _check(self) -> None:
         if self._stop.is_set():
@@ -130,38 +180,82 @@ class _BringUp(threading.Thread):
         if self._config.ray.address is None:
             self._local = LocalRay(self._config.ray)
             self._config = _with_secret(self._config, self._local.folder)
-            _say("starting Ray on this machine")
+            say("starting Ray on this machine")
             self._local.start(*_logical_resources(self._config))
-        else:
-            read_secret(self._config)
-            _say(f"joining the Ray cluster at {self._config.ray.address}")
-            ray.init(address=self._config.ray.address, log_to_driver=False, logging_level="ERROR")
+            return
+        read_secret(self._config)
+        say(f"joining the Ray cluster at {self._config.ray.address}")
+        ray.init(address=self._config.ray.address, log_to_driver=False, logging_level="ERROR")
+        check_name_free(self._config, names_alive())
+        client = _get_global_client(raise_if_no_controller_running=False)
+        if client is not None:
+            check_serve(self._config, client.http_config, _prefixes(client.get_serve_details()))
+        self._serve_is_ours = client is None
+
+    def _leave_cluster(self) -> None:
+        def leave() -> None:
+            if self._created:
+                leave_cluster(
+                    self._config, deployed=self._deployed, serve_is_ours=self._serve_is_ours
+                )
+            ray.shutdown()
+
+        if ray.is_initialized() and not within(_LEAVE_S, leave):
+            say(f"the cluster did not answer: look for raymoe:{self._config.name}: actors there")
 
 
-def _deploy(config: DeploymentConfig, build: Callable[..., Any], spec_json: str) -> None:
-    groups = sum(kind.count for kind in config.groups)
-    _say(
-        f"starting {groups} expert group(s), {config.routers.count} router(s), "
-        f"{config.gateway.count} gateway(s)"
-    )
-    with _quiet_serve():
-        serve.start(http_options={"host": config.gateway.host, "port": config.gateway.port})
-        _check_listening(config)
-        serve.run_many(
-            [serve.RunTarget(build(config, spec_json), name=config.name, route_prefix="/")],
-            wait_for_ingress_deployment_creation=False,
-            wait_for_applications_running=False,
+def check_name_free(config: DeploymentConfig, names: set[str]) -> None:
+    """Raises `ConfigError` when a deployment of this name is among the actors that run."""
+    if controller_name(config.name) in names:
+        raise ConfigError(
+            f"deployment {config.name!r} runs already in this cluster; stop it, or choose another "
+            "name with --name"
         )
 
 
-def _check_listening(config: DeploymentConfig) -> None:
-    """A Serve instance that runs already keeps its own address, whatever it is asked for."""
+def check_serve(config: DeploymentConfig, running: Any, prefixes: dict[str, str | None]) -> None:
+    """Raises `ConfigError` when the Ray Serve that runs in the cluster cannot take this one in.
+
+    It keeps its own address (`running.host`, `running.port`) whatever it is asked for;
+    `prefixes` are the route prefixes of its applications by name.
+    """
     wanted = (config.gateway.host, config.gateway.port)
-    running = _get_global_client().http_config
     if (running.host, running.port) != wanted:
         raise ConfigError(
             f"Ray Serve of this cluster listens on {running.host}:{running.port} already, not on "
             f"{wanted[0]}:{wanted[1]}: use --host {running.host} --port {running.port}"
+        )
+    if config.name in prefixes:
+        raise ConfigError(
+            f"this cluster has a Serve application {config.name!r} already; choose another name "
+            "with --name"
+        )
+    for name, prefix in prefixes.items():
+        if prefix == config.gateway.route_prefix:
+            raise ConfigError(
+                f"Serve application {name!r} of this cluster has the route prefix {prefix!r}: "
+                f"choose another one in gateway.route_prefix, e.g. /{config.name}"
+            )
+
+
+def _prefixes(details: dict[str, Any]) -> dict[str, str | None]:
+    return {name: app["route_prefix"] for name, app in details["applications"].items()}
+
+
+def _deploy(config: DeploymentConfig, build: Callable[..., Any], spec_json: str) -> None:
+    groups = sum(kind.count for kind in config.groups)
+    say(
+        f"starting {groups} expert group(s), {config.routers.count} router(s), "
+        f"{config.gateway.count} gateway(s)"
+    )
+    application = build(config, spec_json)
+    prefix = config.gateway.route_prefix
+    with quiet_serve():
+        serve.start(http_options={"host": config.gateway.host, "port": config.gateway.port})
+        serve.run_many(
+            [serve.RunTarget(application, name=config.name, route_prefix=prefix)],
+            wait_for_ingress_deployment_creation=False,
+            wait_for_applications_running=False,
         )
 
 
@@ -176,11 +270,9 @@ def _follow(controller: Any, config: DeploymentConfig, check: Callable[[], None]
             raise ConfigError(progress["failed"])
         if progress["text"] != shown:
             shown = progress["text"]
-            _say(shown)
-        app = serve.status().applications.get(config.name)
-        if app is not None and app.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-            raise ConfigError(f"the Serve application failed to start: {app.message}")
-        if progress["ready"] and app is not None and app.status == "RUNNING" and _healthy(config):
+            say(shown)
+        running = _application_runs(config.name)
+        if progress["ready"] and running and _healthy(config):
             return
         if time.monotonic() > deadline:
             raise ConfigError(
@@ -190,50 +282,38 @@ def _follow(controller: Any, config: DeploymentConfig, check: Callable[[], None]
         time.sleep(_POLL_S)
 
 
-def _healthy(config: DeploymentConfig) -> bool:
-    import urllib.error
-    import urllib.request
+def _application_runs(name: str) -> bool:
+    """Whether Serve has it running; raises `ConfigError` when it cannot, as soon as that shows."""
+    app = serve.status().applications.get(name)
+    if app is None:
+        return False
+    messages = [d.message for d in app.deployments.values() if d.message]
+    lasting = lasting_error(messages)
+    if lasting is not None:
+        raise ConfigError(f"the deployment cannot start: {lasting}")
+    if app.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+        raise ConfigError(
+            f"the Serve application failed to start: {last_sentence([*messages, app.message])}"
+        )
+    return bool(app.status == "RUNNING")
 
+
+def _healthy(config: DeploymentConfig) -> bool:
     try:
-        with urllib.request.urlopen(_url(config) + "/health", timeout=2) as answer:
+        with urllib.request.urlopen(base_url(config) + "/health", timeout=2) as answer:
             return bool(answer.status == 200)
     except (urllib.error.URLError, OSError):
         return False
 
 
-def _announce(config: DeploymentConfig, seconds: float) -> None:
-    url, model = _url(config), config.served_model_name
-    _say(f"ready: {url}/v1  model {model!r}  ({seconds:.1f} s)")
-    _say("try:")
-    print(
-        f"  curl {url}/v1/completions -H 'Content-Type: application/json' \\\n"
-        f'    -d \'{{"model": "{model}", "prompt": "In the beginning", "max_tokens": 32}}\'',
-        flush=True,
-    )
+def _tell_logs(folder: Path | None) -> None:
+    if folder is not None:
+        say(f"Ray's logs are kept in {folder}")
 
 
-def _url(config: DeploymentConfig) -> str:
-    host = config.gateway.host
-    if host in ("0.0.0.0", "::"):
-        host = "127.0.0.1"
-    return f"http://{f'[{host}]' if ':' in host else host}:{config.gateway.port}"
-
-
-def _take_down(config: DeploymentConfig, local: LocalRay | None) -> None:
-    if ray.is_initialized():
-        deadline = time.monotonic() + _STOP_GRACE_S
-        with contextlib.suppress(ValueError, ray.exceptions.RayError):
-            controller = find_controller(config.name)
-            ray.get(controller.stop.remote(), timeout=max(0.1, deadline - time.monotonic()))
-            ray.kill(controller)
-        if local is None:
-            with contextlib.suppress(ray.exceptions.RayError), _quiet_serve():
-                serve.delete(config.name)
-                if not serve.status().applications:
-                    serve.shutdown()
-            ray.shutdown()
-    if local is not None:
-        local.stop()
+def _leave(status: int) -> None:
+    sys.stdout.flush()
+    os._exit(status)
 
 
 def _with_secret(config: DeploymentConfig, folder: Path) -> DeploymentConfig:
@@ -262,19 +342,3 @@ def _logical_resources(config: DeploymentConfig) -> tuple[float, float, dict[str
         for name, amount in kind.resources.items():
             resources[name] = resources.get(name, 0.0) + amount * kind.count
     return cpus, gpus, resources
-
-
-@contextlib.contextmanager
-def _quiet_serve() -> Iterator[None]:
-    """Ray Serve logs a dozen lines a start through its own logger; ours say enough."""
-    logger = logging.getLogger("ray.serve")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)

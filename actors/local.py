@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil
 import ray
 
+from actors.leftovers import PREFIX, mark_owner, unmark_owner
 from raymoe.config import RayConfig
 from raymoe.errors import ConfigError
 
@@ -33,8 +34,8 @@ class LocalRay:
 
     def __init__(self, config: RayConfig) -> None:
         self._config = config
-        self.folder = Path(tempfile.mkdtemp(prefix="raymoe-", dir=config.temp_dir))
-        self._env = os.environ.copy()
+        self._started = False
+        self.folder = _make_folder(config.temp_dir)
         if len(str(self.folder)) + _RAY_SOCKET_TAIL > _SOCKET_PATH_LIMIT:
             shutil.rmtree(self.folder, ignore_errors=True)
             raise ConfigError(
@@ -46,6 +47,7 @@ class LocalRay:
         """Starts Ray here with as many logical CPUs as the deployment asks for."""
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         os.environ.update(_environment(self.folder))
+        self._started = True
         ray.init(
             address="local",
             num_cpus=int(num_cpus + 0.999),
@@ -58,18 +60,22 @@ class LocalRay:
             logging_level="ERROR",
         )
 
-    def stop(self, patience_s: float = 6.0) -> None:
-        """Ends Ray and every process below this one, waits for them, removes the folder."""
+    def stop(self, patience_s: float = 4.0, keep_logs: bool = False) -> Path | None:
+        """Ends Ray and every process below this one, waits for them, removes the folder.
+
+        With `keep_logs` Ray's own folder stays if Ray was started; the path is returned.
+        """
         tree = _descendants()
         if ray.is_initialized():
             ray.shutdown()
         _end(tree, patience_s)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        return self._leave_folder(keep_logs)
 
-    def kill(self, quiet_s: float = 0.7) -> None:
+    def kill(self, quiet_s: float = 0.7, keep_logs: bool = False) -> Path | None:
         """SIGKILLs every process below this one, until none has come up for `quiet_s`.
 
-        For a start that is broken off: its thread may still be starting processes.
+        For a start that is broken off, whose thread may still be starting processes, and for a
+        Ray that does not answer. The folder: see `stop`.
         """
         quiet_since = time.monotonic()
         while time.monotonic() - quiet_since < quiet_s:
@@ -77,7 +83,27 @@ class LocalRay:
                 _end([], 0.0)
                 quiet_since = time.monotonic()
             time.sleep(0.05)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        return self._leave_folder(keep_logs)
+
+    def _leave_folder(self, keep_logs: bool) -> Path | None:
+        if not (keep_logs and self._started):
+            shutil.rmtree(self.folder, ignore_errors=True)
+            return None
+        (self.folder / "secret").unlink(missing_ok=True)
+        unmark_owner(self.folder)
+        return self.folder / "r"
+
+
+def _make_folder(temp_dir: str | None) -> Path:
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=temp_dir)).absolute()
+        mark_owner(folder)
+    except OSError as e:
+        where = temp_dir or tempfile.gettempdir()
+        raise ConfigError(
+            f"cannot make a folder in {where} (ray.temp_dir): {e.strerror or e}"
+        ) from e
+    return folder
 
 
 def _environment(folder: Path) -> dict[str, str]:

@@ -10,9 +10,14 @@ from ray.actor import ActorHandle
 NAMESPACE = "raymoe"
 
 
+def deployment_prefix(deployment: str) -> str:
+    """What the names of all actors of a deployment begin with."""
+    return f"raymoe:{deployment}:"
+
+
 def controller_name(deployment: str) -> str:
     """The named actor that is a deployment's placement controller."""
-    return f"raymoe:{deployment}:controller"
+    return f"{deployment_prefix(deployment)}controller"
 
 
 def group_name(deployment: str, group_id: str, incarnation: int) -> str:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import sys
+import threading
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from placement.errors import PlacementError
@@ -69,6 +72,7 @@ def _add_status(commands: Any) -> None:
 
 
 def _serve(args: argparse.Namespace) -> int:
+    _on_signals(_leave_at_once)
     from raymoe.config import load_config
 
     flags = {
@@ -97,7 +101,22 @@ def _serve(args: argparse.Namespace) -> int:
     import serve_app
     from actors.launch import launch
 
-    return launch(config, spec.to_json(), summary, serve_app.build)
+    stop = threading.Event()
+    _on_signals(stop.set)  # from here on there is something to take down
+    return launch(config, spec.to_json(), summary, serve_app.build, stop)
+
+
+def _on_signals(act: Callable[[], None]) -> None:
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda *_: act())
+
+
+def _leave_at_once() -> None:
+    """While modules are imported and the checkpoint is read nothing runs that is to be ended.
+
+    An exception would come up anywhere inside these imports, and be swallowed by some.
+    """
+    os._exit(0)
 
 
 def _status(args: argparse.Namespace) -> int:

@@ -164,6 +164,12 @@ class PlacementConfig(_Checked):
         2, ge=0, description="room for this many of the largest experts is kept free in a group"
     )
     interval_s: float = Field(1.0, gt=0, description="the controller looks at the fleet this often")
+    unreachable_s: float = Field(
+        10.0, gt=0, description="a group that does not answer for so long is ended and replaced"
+    )
+    restore_s: float = Field(
+        20.0, ge=0, description="a group away for so long has its experts restored in others"
+    )
     load_timeout_s: float = Field(
         600.0, gt=0, description="start-up gives up when the experts are not loaded by then"
     )
