@@ -1,81 +1,91 @@
-"""The placement controller actor: brings the fleet up, places experts, publishes the table.
+"""The placement controller actor: assigns experts to groups and publishes the table.
 
-It observes and executes; where experts go is decided in `placement`. Routers and groups serve on
-when it dies: Ray restarts it, it finds the groups of its deployment by name and goes on.
+It observes and executes; where experts go is decided in `placement`, lives of groups are kept in
+`actors/keeper.py`. Routers and groups serve on when it dies: Ray restarts it, it finds the groups
+of its deployment by name, and what they hold stays where it is.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import threading
 import time
-import traceback
 from typing import Any
 
 import numpy as np
 import ray
 from ray.actor import ActorHandle
 
-from actors.expert_group import ExpertGroup
-from actors.fleet import LOADING, LOST, READY, STARTING, Calls, LiveGroup
-from actors.spawn import controller_name, find, group_name, names_alive, spawn
+from actors.fleet import Bools, reason
+from actors.keeper import GroupKeeper
+from actors.spawn import controller_name, find, spawn
 from actors.views import balancedness, group_row, placement_view, router_rows
+from placement.complete import complete
 from placement.errors import PlacementError
 from placement.initial import place_at_start
 from placement.table import Table, make_table
-from placement.types import Fleet, Placement
-from raymoe.budget import fleet_of, group_ids, memory_bytes
+from placement.types import Placement
+from raymoe.budget import fleet_of
 from raymoe.checkpoint.spec import ModelSpec
 from raymoe.config import DeploymentConfig, read_secret
 from raymoe.control import ControlServer
 from raymoe.identity import identity_of
-from raymoe.table import GroupEndpoint, RoutingTable
+from raymoe.table import RoutingTable
 
+__all__ = ["PlacementController", "ensure_controller", "find_controller", "reason"]
+
+log = logging.getLogger("raymoe.controller")
 _SAME_SPEED = 0.25  # speeds measured this close to the fastest group's are taken for equal
-_MAX_START_DEATHS = 3  # a group that dies this often before it ever served: give up, say why
-_RESTART_PAUSE_S = (0.0, 0.5, 2.0, 5.0, 15.0)  # by deaths in a row, the last for all further ones
+_MAX_START_FAILURES = 3  # deaths or failed loads of a group before it ever served: give up
 _LOAD_TAU_S = 10.0  # the load shown is smoothed over about this long
 _ROUTER_SILENT_S = 5.0
+_ADOPT_S = 5.0  # a restarted controller waits so long for groups that do not answer
 
 
 class PlacementController:
     """One per deployment. Public methods are called through Ray, from several threads."""
 
     def __init__(self, config: dict[str, Any], spec_json: str) -> None:
+        logging.basicConfig(level=logging.INFO)
         self._config = DeploymentConfig.model_validate(config)
         self._spec = ModelSpec.from_json(spec_json)
-        self._spec_json = spec_json
         self._lock = threading.RLock()
-        self._calls = Calls()
-        self._groups: dict[str, LiveGroup] = {}
-        self._placement: Placement | None = None
-        self._fleet: Fleet | None = None
         self._table: Table | None = None
-        self._since: dict[tuple[int, int, str], float] = {}
+        self._placed = False
+        self._home: Bools | None = None  # [L, E, G] as first placed
+        self._why: dict[tuple[int, int, str], tuple[float, str]] = {}
         self._routers: dict[str, dict[str, Any]] = {}
         self._failed: str | None = None
         self._load = np.zeros((self._spec.layers, self._spec.experts))  # pairs/s
-        self._counted_at_s = time.monotonic()
-        self._term = _next_term(self._config.name)
-        self._epoch = 0
+        self._counted_at_s = self._began_s = time.monotonic()
+        self._memory = _Memory(self._config.name)
+        self._term, self._epoch = self._memory.next_term(), self._memory.epoch()
         self._stop = threading.Event()
         secret = read_secret(self._config)
         identity = identity_of(self._config, self._spec)
-        self._control = ControlServer(
-            identity=identity, secret=secret, host=_listen_host(self._config)
-        )
+        self._control = ControlServer(identity, secret, host=_listen_host(self._config))
+        self._keeper = GroupKeeper(self._config, self._spec, self._term, self._lock)
+        self._groups = self._keeper.groups
         self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
         self._thread.start()
 
     # ---- what others ask
+
+    def identity(self) -> dict[str, Any]:
+        """What this controller serves: {"fingerprint", "config"}."""
+        return {
+            "fingerprint": self._spec.fingerprint,
+            "config": self._config.model_dump(mode="json"),
+        }
 
     def control_address(self) -> tuple[str, int]:
         """Where clients connect for tables: (host, port)."""
         return self._control.address
 
     def router_beat(self, info: dict[str, Any]) -> None:
-        """A router says that it is there: {"id", "pid", "node", "state", "address"}."""
+        """A router says that it is there: {"id", "pid", "node", "state", "endpoint", "profile"}."""
         with self._lock:
             self._routers[info["id"]] = {**info, "seen": time.monotonic()}
 
@@ -91,12 +101,13 @@ class PlacementController:
     def progress(self) -> dict[str, Any]:
         """How far the start is: {"ready", "failed", "text"}."""
         with self._lock:
-            wanted = sum(int(g.assigned.sum()) for g in self._groups.values())
-            have = sum(int(g.resident.sum()) for g in self._groups.values())
-            up = sum(g.actor is not None and g.state != STARTING for g in self._groups.values())
-            text = f"groups up {up}/{len(self._groups)}"
-            if self._placement is not None:
-                text += f", experts loaded {have}/{wanted}"
+            groups = self._groups.values()
+            text = f"groups up {sum(g.up for g in groups)}/{len(groups)}"
+            if self._placed:
+                wanted = sum(int(g.assigned.sum()) for g in groups)
+                text += f", experts loaded {sum(int(g.serving.sum()) for g in groups)}/{wanted}"
+            troubled = [f"{g.id}: {g.last_error}" for g in groups if g.last_error]
+            text += f" ({'; '.join(troubled)})" if troubled else ""
             return {"ready": self._complete(), "failed": self._failed, "text": text}
 
     def status(self) -> dict[str, Any]:
@@ -119,243 +130,141 @@ class PlacementController:
         """The answer of `GET /placement` (`actors.views.placement_view`)."""
         with self._lock:
             if self._table is None:
-                return {"term": self._term, "epoch": 0, "layers": []}
-            return placement_view(self._spec, self._table, self._load, self._since)
+                return {"term": self._term, "epoch": self._epoch, "layers": []}
+            return placement_view(self._spec, self._table, self._load, self._why)
 
     def stop(self) -> None:
         """Ends every group of the deployment. The controller itself is killed by the caller."""
         self._stop.set()
         self._thread.join(timeout=2)
-        with self._lock:
-            refs = [g.actor.close.remote() for g in self._groups.values() if g.actor is not None]
-            ray.wait(refs, num_returns=len(refs), timeout=2) if refs else None
-            for group in self._groups.values():
-                if group.actor is not None:
-                    ray.kill(group.actor)
+        self._keeper.stop()
         self._control.close()
 
     # ---- the loop
 
     def _run(self) -> None:
         try:
-            self._find_or_start_groups()
+            self._keeper.begin()
+            published = self._keeper.changes
             while not self._stop.is_set():
-                self._calls.wait(self._config.placement.interval_s)
+                self._keeper.tend(self._config.placement.interval_s)
                 with self._lock:
                     self._take_counts()
-                    self._start_due_lives()
-                    self._place_when_all_are_up()
-        except Exception as e:
-            traceback.print_exc()
-            self._failed = f"the placement controller failed: {e!r}"
+                    self._give_up_a_failing_start()
+                    if self._place_all() or self._place_again():
+                        self._keeper.changes += 1
+                    if self._placed and self._keeper.changes != published:
+                        published = self._keeper.changes
+                        self._publish()
+        except Exception:
+            log.exception("the placement controller fails")
+            if not self._stop.is_set():
+                os._exit(1)  # Ray starts it again, and it observes anew
 
-    def _find_or_start_groups(self) -> None:
-        alive = names_alive()
-        budget = memory_bytes(self._config, self._spec)
-        empty = np.zeros((self._spec.layers, self._spec.experts), np.bool_)
-        for group_id, kind in group_ids(self._config):
-            prefix = group_name(self._config.name, group_id, 0).removesuffix("0")
-            lives = sorted(int(n.removeprefix(prefix)) for n in alive if n.startswith(prefix))
-            group = LiveGroup(
-                id=group_id,
-                kind=kind,
-                memory_bytes=budget[kind.kind],
-                incarnation=lives[-1] if lives else 1,
-                assigned=empty.copy(),
-                resident=empty.copy(),
-            )
-            with self._lock:
-                self._groups[group_id] = group
-                if lives:
-                    group.actor = find(group_name(self._config.name, group_id, lives[-1]))
-                    self._watch(group)
-                else:
-                    self._spawn(group)
-
-    def _spawn(self, group: LiveGroup) -> None:
-        group.state = STARTING
-        group.endpoint = None
-        group.retry_at_s = None
-        group.resident[:] = False
-        kind = group.kind
-        # max_restarts=0: the death of a group that Ray does not restart is known within
-        # milliseconds, and where its experts come back is decided here.
-        group.actor = spawn(
-            ExpertGroup,
-            group_name(self._config.name, group.id, group.incarnation),
-            {
-                "max_restarts": 0,
-                "max_concurrency": 8,
-                "num_cpus": kind.num_cpus,
-                "num_gpus": kind.num_gpus,
-                "resources": kind.resources or None,
-                "label_selector": kind.label_selector or None,
-            },
-            group_id=group.id,
-            incarnation=group.incarnation,
-            config=self._config.model_dump(mode="json"),
-            spec_json=self._spec_json,
-            memory_bytes=group.memory_bytes,
-            device=kind.device,
-            slowdown=kind.slowdown,
-        )
-        self._watch(group)
-
-    def _watch(self, group: LiveGroup) -> None:
-        """Asks the group who it is, and keeps one call open whose end tells of its death."""
-        assert group.actor is not None
-        life = group.incarnation
-        self._calls.start(
-            group.actor.hold.remote(), lambda _, error: self._on_ended(group, life, error)
-        )
-        self._calls.start(
-            group.actor.describe.remote(), lambda answer, e: self._on_up(group, life, answer, e)
-        )
-
-    def _on_up(self, group: LiveGroup, life: int, answer: Any, error: Exception | None) -> None:
-        with self._lock:
-            if life != group.incarnation:
-                return
-            if error is not None:
-                self._end(group, error)
-                return
-            group.endpoint = GroupEndpoint.from_dict(answer["endpoint"])
-            group.node, group.pid = answer["node"], answer["pid"]
-            group.pairs_per_s = answer["speed"]
-            group.resident = np.array(answer["resident"], np.bool_)
-            group.resident_bytes = answer["resident_bytes"]
-            for layer, expert in np.argwhere(group.resident):
-                self._since.setdefault((int(layer), int(expert), group.id), time.time())
-            group.state = LOADING
-            if self._placement is not None:
-                self._load_missing(group)
-
-    def _end(self, group: LiveGroup, error: Exception) -> None:
-        """A call failed. When the group itself lives, it is of no use as it is: another life."""
-        group.last_error = reason(error)
-        if not isinstance(error, ray.exceptions.RayActorError) and group.actor is not None:
-            ray.kill(group.actor)
-
-    def _on_ended(self, group: LiveGroup, life: int, error: Exception | None) -> None:
-        with self._lock:
-            if self._stop.is_set() or life != group.incarnation:
-                return
-            group.state = LOST
-            group.deaths += 1
-            group.deaths_in_a_row += 1
-            group.actor = None
-            group.resident[:] = False
-            group.resident_bytes = 0
-            group.pid = 0
-            if error is not None and not group.last_error:
-                group.last_error = reason(error)
-            if self._table is None and group.deaths >= _MAX_START_DEATHS:
+    def _give_up_a_failing_start(self) -> None:
+        if self._table is not None or self._term > 1:
+            return
+        for group in self._groups.values():
+            if max(group.deaths, group.load_failures) >= _MAX_START_FAILURES:
                 self._failed = f"expert group {group.id} does not start: {group.last_error}"
-                return
-            self._publish()
-            group.incarnation += 1
-            pause = _RESTART_PAUSE_S[min(group.deaths_in_a_row, len(_RESTART_PAUSE_S)) - 1]
-            group.retry_at_s = time.monotonic() + pause
-            if not pause:
-                self._spawn(group)
 
-    def _start_due_lives(self) -> None:
-        for group in self._groups.values():
-            if group.retry_at_s is not None and time.monotonic() >= group.retry_at_s:
-                self._spawn(group)
-
-    def _place_when_all_are_up(self) -> None:
-        if self._placement is not None or self._failed:
-            return
-        if any(g.state in (STARTING, LOST) for g in self._groups.values()):
-            return
-        fastest = max(g.pairs_per_s for g in self._groups.values())
-        for group in self._groups.values():
-            ratio = group.pairs_per_s / fastest
+    def _place_all(self) -> bool:
+        """The first placement of this controller, once the groups are up: what they hold already
+        stays, the rest is placed by bytes and speed. Whether anything was assigned."""
+        if self._placed or self._failed:
+            return False
+        groups = list(self._groups.values())
+        held = np.stack([g.resident for g in groups], axis=2)
+        adopting = held.any() and time.monotonic() - self._began_s > _ADOPT_S
+        if not all(g.up for g in groups) and not adopting:
+            return False
+        fastest = max(g.pairs_per_s for g in groups)
+        for group in groups:
+            ratio = group.pairs_per_s / fastest if group.up else 1.0
             group.speed = 1.0 if ratio >= 1 - _SAME_SPEED else ratio
+        fleet = fleet_of(self._config, self._spec, tuple(g.spec() for g in groups))
         try:
-            specs = tuple(group.spec() for group in self._groups.values())
-            self._fleet = fleet_of(self._config, self._spec, specs)
-            placed = place_at_start(self._fleet)
+            placed = complete(fleet, held) if held.any() else place_at_start(fleet)
         except PlacementError as e:
             self._failed = str(e)
-            return
-        resident = placed.resident
-        found = np.stack([g.resident for g in self._groups.values()], axis=2)
-        if found.any():  # a controller that was restarted: what is loaded stays where it is
-            resident = np.where(found.any(axis=2, keepdims=True), found, resident)
-            count = np.maximum(resident.sum(axis=2, keepdims=True), 1)
-            placed = Placement(resident=resident, share=resident / count)
-        self._placement = placed
-        for i, group in enumerate(self._groups.values()):
-            group.assigned = resident[:, :, i].copy()
-            self._load_missing(group)
+            return False
+        self._home = placed.resident
+        why = "found here by a new controller" if held.any() else "placed at start"
+        for i, group in enumerate(groups):
+            group.assigned = placed.resident[:, :, i].copy()
+            self._explain(group.id, group.assigned, f"{why}, by bytes and speed")
+        self._placed = True
+        return True
 
-    def _load_missing(self, group: LiveGroup) -> None:
-        """Asks for the group's next few experts, until it has all it is to hold."""
-        assert group.actor is not None
-        missing = np.argwhere(group.assigned & ~group.resident)
-        if not len(missing):
-            group.state = READY
-            group.deaths_in_a_row = 0
-            group.last_error = ""
-            self._publish()
-            return
-        batch = [(int(layer), int(expert)) for layer, expert in missing[:32]]
-        life = group.incarnation
-        self._calls.start(
-            group.actor.load.remote(batch),
-            lambda answer, error: self._on_loaded(group, life, batch, answer, error),
-        )
+    def _place_again(self) -> bool:
+        """Experts of a group that stays away go to the others, reserve included; back home when
+        the group is ready again. Whether an assignment changed."""
+        if not self._placed:
+            return False
+        now, changed = time.monotonic(), False
+        groups = list(self._groups.values())
+        away = [
+            g
+            for g in groups
+            if g.gone_since_s is not None
+            and now - g.gone_since_s > self._config.placement.restore_s
+        ]
+        here = [g for g in groups if g not in away]
+        if away and here:
+            fleet = fleet_of(self._config, self._spec, tuple(g.spec() for g in here))
+            held = np.stack([g.assigned for g in here], axis=2)
+            placed = complete(fleet, held, self._load, use_reserve=True).resident
+            for i, group in enumerate(here):
+                added = placed[:, :, i] & ~group.assigned
+                if added.any():
+                    group.assigned |= added
+                    group.borrowed |= added
+                    self._explain(group.id, added, "restored: its group is gone")
+                    changed = True
+        served = np.stack([g.serving & ~g.borrowed for g in groups], axis=2).any(axis=2)
+        for group in groups:
+            back = group.borrowed & served
+            if back.any():
+                group.assigned &= ~back
+                group.borrowed &= ~back
+                changed = True
+        return changed
 
-    def _on_loaded(
-        self,
-        group: LiveGroup,
-        life: int,
-        batch: list[tuple[int, int]],
-        resident_bytes: Any,
-        error: Exception | None,
-    ) -> None:
-        with self._lock:
-            if life != group.incarnation:
-                return
-            if error is not None:
-                self._end(group, error)
-                return
-            for layer, expert in batch:
-                group.resident[layer, expert] = True
-                self._since[layer, expert, group.id] = time.time()
-            group.resident_bytes = resident_bytes
-            self._load_missing(group)
+    def _explain(self, group_id: str, replicas: Bools, why: str) -> None:
+        now = time.time()
+        for layer, expert in np.argwhere(replicas):
+            self._why[int(layer), int(expert), group_id] = (now, why)
 
     # ---- the table
 
     def _publish(self) -> None:
         """A new epoch from what is ready now, to every client. Incomplete ones too: a router
         must hear of a dead group at once, and waits for the experts that are missing."""
-        if self._placement is None or self._fleet is None:
-            return
-        if self._table is None and not self._complete():
+        if self._table is None and not self._complete() and self._term == 1:
             return  # while starting nobody can serve anyhow
+        groups = list(self._groups.values())
+        fleet = fleet_of(self._config, self._spec, tuple(g.spec() for g in groups))
+        assigned = np.stack([g.assigned for g in groups], axis=2)
+        share = assigned * fleet.pair_rate
+        share = share / np.maximum(share.sum(axis=2, keepdims=True), 1e-300)
         self._epoch += 1
-        ready = np.stack([g.resident for g in self._groups.values()], axis=2)
+        self._memory.keep_epoch(self._epoch)
         self._table = make_table(
-            self._fleet, self._placement, term=self._term, epoch=self._epoch, ready=ready
+            fleet,
+            Placement(resident=assigned, share=share),
+            term=self._term,
+            epoch=self._epoch,
+            ready=np.stack([g.serving for g in groups], axis=2),
         )
-        endpoints = {
-            g.id: g.endpoint
-            for g in self._groups.values()
-            if g.endpoint is not None and g.state != LOST
-        }
+        endpoints = {g.id: g.endpoint for g in groups if g.endpoint is not None}
         self._control.publish(RoutingTable(table=self._table, endpoints=endpoints))
 
     def _complete(self) -> bool:
         """Every expert has a ready replica."""
-        if self._placement is None or not self._groups:
+        if not self._placed:
             return False
-        have = np.logical_or.reduce([g.resident for g in self._groups.values()])
-        need = np.logical_or.reduce([g.assigned for g in self._groups.values()])
-        return bool(need.any() and have[need].all())
+        served = np.logical_or.reduce([g.serving for g in self._groups.values()])
+        return int(served.sum()) == sum(self._spec.experts_of_layer)
 
     def _take_counts(self) -> None:
         """Pairs/s of every expert, smoothed exponentially over the time that has passed."""
@@ -367,6 +276,36 @@ class PlacementController:
                 counts += report.counts
         keep = math.exp(-passed_s / _LOAD_TAU_S)
         self._load = keep * self._load + (1 - keep) * counts / passed_s
+
+
+class _Memory:
+    """What outlives a controller's process: its term and epoch, in Ray's internal KV."""
+
+    def __init__(self, deployment: str) -> None:
+        self._prefix = f"raymoe:{deployment}:"
+
+    def next_term(self) -> int:
+        """A number larger than that of any earlier controller of the deployment."""
+        term = self._get("term") + 1
+        self._put("term", term)
+        return term
+
+    def epoch(self) -> int:
+        """The last epoch that any controller of the deployment has published."""
+        return self._get("epoch")
+
+    def keep_epoch(self, epoch: int) -> None:
+        self._put("epoch", epoch)
+
+    def _get(self, name: str) -> int:
+        from ray.experimental.internal_kv import _internal_kv_get
+
+        return int(_internal_kv_get((self._prefix + name).encode()) or b"0")
+
+    def _put(self, name: str, value: int) -> None:
+        from ray.experimental.internal_kv import _internal_kv_put
+
+        _internal_kv_put((self._prefix + name).encode(), str(value).encode(), overwrite=True)
 
 
 def ensure_controller(config: DeploymentConfig, spec_json: str) -> ActorHandle:
@@ -390,19 +329,9 @@ def _listen_host(config: DeploymentConfig) -> str:
     return str(ray.util.get_node_ip_address()) if host == "node" else host
 
 
-def reason(error: Exception) -> str:
-    """One line of why a Ray call failed."""
-    cause = getattr(error, "cause", None) or error
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    last = lines[-1] if lines else repr(cause)
-    return last.partition(": ")[2] if last.startswith("raymoe.errors.") else last
+def forget(deployment: str) -> None:
+    """Removes what a deployment's controllers have left in Ray's KV: the next one starts afresh."""
+    from ray.experimental.internal_kv import _internal_kv_del
 
-
-def _next_term(deployment: str) -> int:
-    """A number larger than that of any earlier controller of the deployment, kept by Ray."""
-    from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
-
-    key = f"raymoe:{deployment}:term".encode()
-    term = int(_internal_kv_get(key) or b"0") + 1
-    _internal_kv_put(key, str(term).encode(), overwrite=True)
-    return term
+    for name in ("term", "epoch"):
+        _internal_kv_del(f"raymoe:{deployment}:{name}".encode())

@@ -1,10 +1,10 @@
-"""The live cluster, seen through Ray: group actors, what they last said, what was asked of them."""
+"""The live cluster, seen through Ray: groups as they were last heard of, and calls under way."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,10 +23,11 @@ STARTING, LOADING, READY, LOST = "starting", "loading", "ready", "lost"
 
 @dataclass
 class LiveGroup:
-    """One expert group as the controller knows it.
+    """One expert group as the controller knows it. All arrays are bool [L, E].
 
-    `resident` bool [L, E]: replicas the group said are loaded and checked. `assigned` bool [L, E]:
-    what it is to hold. A new life of the group has a higher `incarnation` and a new actor.
+    `assigned`: what it is to hold; `resident`: what it said is loaded and checked; `borrowed`: the
+    part of `assigned` that it holds for a group that is gone. A new life of the group has a higher
+    `incarnation` and a new actor. Times are monotonic seconds.
     """
 
     id: str
@@ -35,18 +36,34 @@ class LiveGroup:
     incarnation: int
     assigned: Bools
     resident: Bools
+    borrowed: Bools
     actor: ActorHandle | None = None
     endpoint: GroupEndpoint | None = None
     state: str = STARTING
     node: str = ""
     pid: int = 0
-    speed: float = 1.0  # relative to the fastest group at start
     pairs_per_s: float = 0.0  # as it measured itself
+    speed: float = 1.0  # relative to the fastest group at start
     resident_bytes: int = 0
     deaths: int = 0
-    deaths_in_a_row: int = 0  # without having served in between
-    retry_at_s: float | None = None  # monotonic; when the next life is to start
+    deaths_in_a_row: int = 0  # without having been ready in between
+    load_failures: int = 0  # in this life
     last_error: str = ""
+    heard_s: float = field(default_factory=time.monotonic)
+    gone_since_s: float | None = None  # since when it has not been up
+    retry_at_s: float | None = None  # when the next life, or the next load, is to start
+    busy: bool = False  # a load or drop is under way
+    pinged: bool = False  # a ping is under way
+
+    @property
+    def up(self) -> bool:
+        """It has said who it is, and has not been lost since."""
+        return self.state in (LOADING, READY)
+
+    @property
+    def serving(self) -> Bools:
+        """Replicas that may be in the table."""
+        return self.resident & self.assigned
 
     def spec(self) -> GroupSpec:
         """What the planner needs to know of it."""
@@ -62,8 +79,8 @@ class LiveGroup:
 class Calls:
     """Outstanding Ray calls, each with what to do when it is done.
 
-    `wait()` runs the callbacks in the calling thread, so that whoever owns the state needs no
-    lock around them. A callback gets the result, or the exception the call ended with.
+    `wait()` runs the callbacks in the calling thread. A callback gets the result, or the exception
+    the call ended with.
     """
 
     def __init__(self) -> None:
@@ -88,3 +105,11 @@ class Calls:
                 done(None, e)
             else:
                 done(result, None)
+
+
+def reason(error: Exception) -> str:
+    """One line of why a Ray call failed."""
+    cause = getattr(error, "cause", None) or error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    last = lines[-1] if lines else repr(cause)
+    return last.partition(": ")[2] if last.startswith("raymoe.errors.") else last

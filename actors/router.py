@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -27,6 +28,8 @@ from raymoe.stream.messages import ModelInfo
 from raymoe.stream.server import StreamConfig, StreamServer
 
 _BEAT_S = 1.0
+_CANCEL_S = 5.0  # a step that waits for experts looks this often for cancelled requests
+log = logging.getLogger("raymoe.router")
 
 
 class Router:
@@ -34,6 +37,7 @@ class Router:
 
     def __init__(self, config: dict[str, Any], spec_json: str) -> None:
         torch.set_num_threads(1)
+        logging.basicConfig(level=logging.INFO)
         self._config = DeploymentConfig.model_validate(config)
         spec = ModelSpec.from_json(spec_json)
         ensure_controller(self._config, spec_json)
@@ -47,7 +51,7 @@ class Router:
             secret=secret,
             node=self.node,
             name=self.router_id,
-            config=ClientConfig(mode=plane.mode, stall_limit_s=plane.stall_limit_s),
+            config=ClientConfig(mode=plane.mode, stall_limit_s=min(plane.stall_limit_s, _CANCEL_S)),
         )
         self._control = ControlClient(
             identity=identity,
@@ -155,6 +159,8 @@ class Router:
                 ray.get(find_controller(self._config.name).router_beat.remote(info), timeout=5)
             except (ValueError, ray.exceptions.RayError):
                 continue  # it restarts; the next beat tells it again
+            except Exception:
+                log.exception("a beat of %s failed", self.router_id)
 
     def _info(self) -> dict[str, Any]:
         return {

@@ -12,7 +12,7 @@ from placement.table import Table
 from placement.types import Floats
 from raymoe.checkpoint.spec import ModelSpec
 
-Since = Mapping[tuple[int, int, str], float]
+Why = Mapping[tuple[int, int, str], tuple[float, str]]
 _ROUTER_FIELDS = ("id", "pid", "node", "state", "profile")
 
 
@@ -39,10 +39,11 @@ def router_rows(routers: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{name: router[name] for name in _ROUTER_FIELDS} for router in routers]
 
 
-def placement_view(spec: ModelSpec, table: Table, load: Floats, since: Since) -> dict[str, Any]:
+def placement_view(spec: ModelSpec, table: Table, load: Floats, why: Why) -> dict[str, Any]:
     """The answer of `GET /placement`: every expert's replicas, their share, age and reason.
 
-    load: float64 [L, E], pairs/s; since: (layer, expert, group id) -> seconds since the epoch.
+    load: float64 [L, E], pairs/s; why: (layer, expert, group id) -> since when
+    (Unix seconds), and the reason.
     """
     layers = []
     for layer, name in enumerate(spec.layer_names):
@@ -51,14 +52,9 @@ def placement_view(spec: ModelSpec, table: Table, load: Floats, since: Since) ->
             replicas = []
             for g in np.flatnonzero(table.resident[layer, expert]):
                 group_id = table.group_ids[g]
-                replicas.append(
-                    {
-                        "group": group_id,
-                        "share": round(float(table.share[layer, expert, g]), 6),
-                        "since": since[layer, expert, group_id],
-                        "why": "placed at start by bytes and speed",
-                    }
-                )
+                since, reason = why[layer, expert, group_id]
+                share = round(float(table.share[layer, expert, g]), 6)
+                replicas.append({"group": group_id, "share": share, "since": since, "why": reason})
             pairs_per_s = round(float(load[layer, expert]), 3)
             experts.append({"expert": expert, "load": pairs_per_s, "replicas": replicas})
         layers.append({"layer": layer, "name": name, "experts": experts})

@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 import openai
+import psutil
 import pytest
 
 from tests.e2e.conftest import Deployment
@@ -137,6 +138,43 @@ def test_stopped_group_is_waited_for_or_left_behind(deployment: Deployment) -> N
         thaw.cancel()
         os.kill(frozen, signal.SIGCONT)
     assert ask() == before
+
+
+def test_controller_and_a_group_killed_together(deployment: Deployment) -> None:
+    """What the surviving groups hold stays; the lost experts come back; the epoch only grows."""
+    client = openai.OpenAI(base_url=deployment.url + "/v1", api_key="none", max_retries=0)
+    before = deployment.get("/status")
+    kept = {g["id"]: g["pid"] for g in before["groups"][1:]}
+    os.kill(before["controller"]["pid"], signal.SIGKILL)
+    os.kill(before["groups"][0]["pid"], signal.SIGKILL)
+    answer = client.completions.create(
+        model="demo", prompt="The sea", max_tokens=40, temperature=0, extra_body=IGNORE_EOS
+    )
+    assert answer.usage is not None and answer.usage.completion_tokens == 40
+
+    def restored() -> bool:
+        status = deployment.get("/status")
+        return bool(status["ready"] and all(g["state"] == "ready" for g in status["groups"]))
+
+    assert wait_for(restored, 60)
+    after = deployment.get("/status")
+    assert {g["id"]: g["pid"] for g in after["groups"][1:]} == kept, "a healthy group was ended"
+    assert after["term"] == before["term"] + 1
+    assert after["epoch"] > before["epoch"]
+    assert sum(g["replicas"] for g in after["groups"]) == 6 * 16
+
+
+def test_group_frozen_for_good_is_replaced(deployment: Deployment) -> None:
+    client = openai.OpenAI(base_url=deployment.url + "/v1", api_key="none", max_retries=0)
+    frozen = deployment.get("/status")["groups"][2]
+    os.kill(frozen["pid"], signal.SIGSTOP)
+    answer = client.completions.create(
+        model="demo", prompt="The sea", max_tokens=40, temperature=0, extra_body=IGNORE_EOS
+    )
+    assert answer.usage is not None and answer.usage.completion_tokens == 40
+    now = deployment.get("/status")["groups"][2]
+    assert now["pid"] != frozen["pid"] and now["deaths"] == frozen["deaths"] + 1
+    assert not psutil.pid_exists(frozen["pid"])
 
 
 IGNORE_EOS: dict[str, Any] = {"ignore_eos": True}
