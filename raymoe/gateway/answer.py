@@ -10,7 +10,7 @@ from typing import Any
 from raymoe.errors import RaymoeError
 from raymoe.gateway.backend import Backend, Generation
 from raymoe.gateway.choice import Choice, Delta
-from raymoe.gateway.errors import ApiError, api_error
+from raymoe.gateway.errors import ApiError, api_error, event_error
 from raymoe.gateway.inbox import ClientGone, Inbox
 from raymoe.gateway.observe import GatewayMetrics
 
@@ -93,12 +93,7 @@ class Answer:
             if choice.finish is not None:
                 continue  # it ended at a stop string; this was on its way
             if event.finish == "error":
-                raise ApiError(
-                    503,
-                    event.error or "the router failed",
-                    code="generation_failed",
-                    retry_after_s=1,
-                )
+                raise event_error(event)
             self._metrics.generation_tokens.add(len(event.token_ids))
             delta = choice.take(event)
             if delta.finish is not None:

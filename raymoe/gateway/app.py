@@ -37,6 +37,7 @@ _SCHEMAS = "#/components/schemas/"
 _CLIENT_CLOSED = 499  # nobody sees it but our metrics
 Placement = Callable[[], Mapping[str, Any] | Awaitable[Mapping[str, Any]]]
 MoreMetrics = Callable[[], str | Awaitable[str]]
+Degraded = Callable[[], bool | Awaitable[bool]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +57,13 @@ def create_app(
     *,
     placement: Placement | None = None,
     more_metrics: MoreMetrics | None = None,
+    degraded: Degraded | None = None,
 ) -> FastAPI:
     """The application; its lifespan starts and closes the backend.
 
     placement: what GET /placement answers (JSON-able), or a coroutine function giving it.
     more_metrics: Prometheus text to put after the gateway's own.
+    degraded: whether requests are accepted but may have to wait for experts; GET /health says so.
     """
 
     @asynccontextmanager
@@ -146,7 +149,9 @@ def create_app(
     async def health() -> Response:
         if not backend.ready:
             raise ApiError(503, "No router can be reached yet.", code="router_unavailable")
-        return JSONResponse({"status": "ok", "routers": len(backend.routers())})
+        slow = degraded is not None and await _maybe_await(degraded())
+        status = "degraded" if slow else "ok"
+        return JSONResponse({"status": status, "routers": len(backend.routers())})
 
     @app.get("/metrics")
     async def prometheus() -> Response:
@@ -208,7 +213,7 @@ def _answer_errors(app: FastAPI, metrics: GatewayMetrics) -> None:
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 _ROUTES = frozenset(
     {"/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/embeddings", "/tokenize"}
-    | {"/detokenize", "/health", "/metrics", "/placement"}
+    | {"/detokenize", "/health", "/metrics", "/placement", "/status"}
 )
 
 

@@ -24,7 +24,7 @@ class RouterConnection:
 
     def __init__(self, pool: RouterPool, endpoint: StreamEndpoint) -> None:
         self.own: set[str] = set()  # wire ids open there
-        self.retired = False  # no longer listed: no new requests while others are
+        self.retired = False  # not listed: no new requests while others are; kept while connected
         self.last_picked = 0
         self._pool = pool
         self._endpoint = endpoint

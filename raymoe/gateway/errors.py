@@ -8,7 +8,9 @@ from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 
 from raymoe.errors import Overloaded, RaymoeError, RequestError, RouterUnavailable
+from raymoe.requests import TokenEvent
 
+_RETRY_AFTER_S = 1.0
 _TYPE_OF_STATUS = {
     404: "not_found_error",
     429: "rate_limit_error",
@@ -64,8 +66,18 @@ def api_error(error: RaymoeError) -> ApiError:
     if isinstance(error, Overloaded):
         return ApiError(429, error.message, code="queue_full", retry_after_s=error.retry_after_s)
     if isinstance(error, RouterUnavailable):
-        return ApiError(503, str(error), code="router_unavailable", retry_after_s=1)
+        return ApiError(503, str(error), code="router_unavailable", retry_after_s=_RETRY_AFTER_S)
     return ApiError(500, str(error), code="internal_error")
+
+
+def event_error(event: TokenEvent) -> ApiError:
+    """The answer when a router ends a request with an error."""
+    said = event.error or "the router failed"
+    if event.error_kind == "overloaded":
+        return ApiError(429, said, code="queue_full", retry_after_s=_RETRY_AFTER_S)
+    if event.error_kind == "bad_request":
+        return ApiError(400, said, code="invalid_value")
+    return ApiError(503, said, code="generation_failed", retry_after_s=_RETRY_AFTER_S)
 
 
 def validation_error(error: ValidationError) -> ApiError:

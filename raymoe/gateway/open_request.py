@@ -24,6 +24,7 @@ class OpenRequest:
     connection: RouterConnection | None = None
     wire_id: str = ""
     attempts: int = 0
+    refused_by: set[RouterConnection] = field(default_factory=set)  # as overloaded
     timer: asyncio.TimerHandle | None = None  # while it waits for a router
 
     def cancel(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from raymoe.errors import Overloaded, PeerLost, RaymoeError, RouterUnavailable
@@ -147,8 +147,9 @@ class RouterPool:
     # -- requests ------------------------------------------------------------------------------
 
     def _send(self, opened: OpenRequest) -> None:
-        """To the least loaded router; waits for one when there is none."""
-        while (connection := self._pick()) is not None:
+        """To the least loaded router, rather one that has not refused it; waits for one when
+        there is none."""
+        while connection := self._pick(opened.refused_by) or self._pick():
             try:
                 connection.submit(opened.next_attempt())
             except PeerLost:  # lost this moment; its own loss is being handled
@@ -163,9 +164,14 @@ class RouterPool:
                 self.config.router_wait_s, self._give_up, opened
             )
 
-    def _pick(self) -> RouterConnection | None:
-        """Fewest open requests, its own and other gateways'; ties take turns."""
-        usable = [connection for connection in self._connections.values() if connection.usable]
+    def _pick(self, avoided: Container[RouterConnection] = ()) -> RouterConnection | None:
+        """Fewest open requests, its own and other gateways'; ties take turns. Routers that are no
+        longer listed are for when no listed one is left."""
+        usable = [
+            connection
+            for connection in self._connections.values()
+            if connection.usable and connection not in avoided
+        ]
         listed = [connection for connection in usable if not connection.retired]
         if not usable:
             return None
@@ -213,8 +219,14 @@ class RouterPool:
                     opened.deliver(replace(event, finish=None))
                 self._go_on(opened, "the router cancelled it")
                 continue
+            refuser = opened.connection
             if event.finish is not None:
                 self._end(opened)
+            if event.error_kind == "overloaded" and refuser is not None:
+                opened.refused_by.add(refuser)
+                if self._pick(opened.refused_by) is not None:
+                    self._send(opened)
+                    continue
             opened.deliver(event)
 
     def on_connected(self, connection: RouterConnection, model: ModelInfo) -> None:
@@ -249,8 +261,9 @@ class RouterPool:
         if ended is not None:
             opened.deliver(TokenEvent(request_id=opened.wire_id, finish=ended))
             return
-        if opened.attempts > self.config.max_resubmits:
-            opened.fail(RouterUnavailable(f"{why}, after {opened.attempts} attempts"))
+        tries = opened.attempts - len(opened.refused_by)
+        if tries > self.config.max_resubmits:
+            opened.fail(RouterUnavailable(f"{why}, after {tries} attempts"))
             return
         self.resubmitted += 1
         log.warning(
@@ -283,7 +296,9 @@ class RouterPool:
             connection.retired = False
         for endpoint, connection in tuple(self._connections.items()):
             if endpoint not in endpoints:
-                connection.retired = True  # open requests go on there
-                if not connection.own:
+                # A controller that has just restarted lists nobody: while a router answers it is
+                # there, whatever the list says, and open requests go on there.
+                connection.retired = True
+                if not connection.connected:
                     del self._connections[endpoint]
                     connection.stop()

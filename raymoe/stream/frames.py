@@ -12,12 +12,18 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import asdict, fields
-from typing import Any
+from typing import Any, get_args
 
 import msgpack
 
 from raymoe.errors import FrameError
-from raymoe.requests import GenerationRequest, SamplingParams, TokenEvent, TokenLogprobs
+from raymoe.requests import (
+    ErrorKind,
+    GenerationRequest,
+    SamplingParams,
+    TokenEvent,
+    TokenLogprobs,
+)
 from raymoe.stream.messages import Cancel, Hello, Load, Message, ModelInfo, Submit, Tokens
 
 MAX_FRAME_BYTES = 32 << 20
@@ -26,6 +32,7 @@ _HELLO, _SUBMIT, _CANCEL, _TOKENS = 1, 2, 3, 4
 _SAMPLING_DEFAULTS = asdict(SamplingParams(seed=0))
 _MODEL_FIELDS = tuple(field.name for field in fields(ModelInfo))
 _FINISH = (None, "stop", "length", "cancelled", "error")
+_ERROR_KINDS = get_args(ErrorKind)
 _CODE_OF_FINISH = {finish: code for code, finish in enumerate(_FINISH)}
 
 
@@ -158,6 +165,7 @@ def _event_to_array(event: TokenEvent) -> list[Any]:
         [(one.token, one.top) for one in event.logprobs],
         [(one.token, one.top) for one in event.prompt_logprobs],
         event.cached_prompt_tokens,
+        event.error_kind,
     ]
     return array
 
@@ -165,7 +173,8 @@ def _event_to_array(event: TokenEvent) -> list[Any]:
 def _event_from_array(array: list[Any]) -> TokenEvent:
     if len(array) == 2:
         return TokenEvent(request_id=array[0], token_ids=tuple(array[1]))
-    request_id, token_ids, finish, error, logprobs, prompt_logprobs, cached, *_ = array
+    request_id, token_ids, finish, error, logprobs, prompt_logprobs, cached, *more = array
+    kind = more[0] if more and more[0] in _ERROR_KINDS else None
     return TokenEvent(
         request_id=request_id,
         token_ids=tuple(token_ids),
@@ -174,6 +183,7 @@ def _event_from_array(array: list[Any]) -> TokenEvent:
         finish=_FINISH[finish],  # type: ignore[arg-type]
         error=error,
         cached_prompt_tokens=cached,
+        error_kind=kind,
     )
 
 

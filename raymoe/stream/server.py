@@ -12,10 +12,19 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from raymoe.errors import FrameError, HandshakeRefused, LinkError, RaymoeError
+from raymoe.errors import (
+    ExpertsUnavailable,
+    FrameError,
+    HandshakeRefused,
+    LinkError,
+    Overloaded,
+    RaymoeError,
+    RequestError,
+    RouterUnavailable,
+)
 from raymoe.links.handshake import Identity, Responder, Role, refusal
 from raymoe.links.streams import frame
-from raymoe.requests import GenerationRequest, TokenEvent
+from raymoe.requests import ErrorKind, GenerationRequest, TokenEvent
 from raymoe.stream.book import RequestBook
 from raymoe.stream.frames import MAX_FRAME_BYTES, decode, encode
 from raymoe.stream.messages import (
@@ -33,6 +42,11 @@ from raymoe.stream.sockets import listen_tcp, listen_unix, tune_tcp
 log = logging.getLogger(__name__)
 _READ_BYTES = 1 << 16
 _ACCEPTED_ROLES: tuple[Role, ...] = ("gateway",)
+_ERRORS_OF_KIND: dict[ErrorKind, tuple[type[Exception], ...]] = {
+    "overloaded": (Overloaded,),
+    "bad_request": (RequestError,),
+    "unavailable": (RouterUnavailable, ExpertsUnavailable),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,10 +276,13 @@ class StreamServer:
         except Exception as error:
             if not isinstance(error, RaymoeError):
                 log.exception("the engine did not take request %s", request.request_id)
-            sentence = str(error) or type(error).__name__
-            self.publish(
-                [TokenEvent(request_id=request.request_id, finish="error", error=sentence)]
+            refusal_of_engine = TokenEvent(
+                request_id=request.request_id,
+                finish="error",
+                error=str(error) or type(error).__name__,
+                error_kind=_kind_of(error),
             )
+            self.publish([refusal_of_engine])
 
     def _cancel(self, peer: GatewayPeer, request_ids: Sequence[str]) -> None:
         own = self._book.remove(request_ids, peer)
@@ -330,6 +347,14 @@ class StreamServer:
             self._wake_out.send(b"w")
         except (BlockingIOError, OSError):  # it is awake already, or gone
             pass
+
+
+def _kind_of(error: Exception) -> ErrorKind | None:
+    """What the gateway makes of it; None for a failure that is nobody's but ours."""
+    for kind, errors in _ERRORS_OF_KIND.items():
+        if isinstance(error, errors):
+            return kind
+    return None
 
 
 def _frames(events: Sequence[TokenEvent], load: Load) -> list[bytes]:

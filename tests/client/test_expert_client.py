@@ -220,7 +220,10 @@ def test_a_slow_group_gets_more_time_and_a_hung_one_does_not(progress: bool) -> 
     """Both answer heartbeats; only the slow one gets work done meanwhile."""
     group = ScriptedGroup("a", {(0, e) for e in range(4)}, once(hang))
     fleet = Fleet([group], 1, 4)
-    client = make_client(fleet, deadline_floor_s=0.3, first_deadline_s=0.3)
+    stall_limit_s = 0.05 if progress else 5.0  # of what has no replica: it has one, a slow one
+    client = make_client(
+        fleet, deadline_floor_s=0.3, first_deadline_s=0.3, stall_limit_s=stall_limit_s
+    )
     ended = threading.Event()
 
     def work_for_others() -> None:

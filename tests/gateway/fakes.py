@@ -50,6 +50,7 @@ class FakeRouter:
         self._lock = threading.Condition()
         self._stopping = False
         self.paused = False
+        self.asked = 0  # requests sent here, refused ones as well
         self.server = StreamServer(
             router_id=self.router_id,
             model=ModelInfo(
@@ -102,6 +103,7 @@ class FakeRouter:
         return len(events)
 
     def _submit(self, request: GenerationRequest) -> None:
+        self.asked += 1
         if self.refuse is not None:
             raise self.refuse
         with self._lock:

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from raymoe.errors import Overloaded, RaymoeError, RouterUnavailable
+from raymoe.errors import LinkError, Overloaded, RaymoeError, RequestError, RouterUnavailable
 from raymoe.gateway import RouterPool
 from raymoe.requests import GenerationRequest, SamplingParams, TokenEvent
 from raymoe.stream import StreamConfig, StreamEndpoint
@@ -329,17 +329,58 @@ def test_a_queue_that_is_full_answers_429() -> None:
     asyncio.run(main())
 
 
-def test_an_engines_error_reaches_the_client() -> None:
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (Overloaded("the engine is full"), 429, "queue_full"),
+        (RequestError("the prompt is too long", "prompt"), 400, "invalid_value"),
+        (RouterUnavailable("it is stopping"), 503, "generation_failed"),
+        (LinkError("of any other kind"), 503, "generation_failed"),
+    ],
+)
+def test_an_engines_error_reaches_the_client(error: RaymoeError, status: int, code: str) -> None:
     async def main() -> None:
-        router = fake("r0", refuse=Overloaded("the engine is full"))
+        router = fake("r0", refuse=error)
         with routers_of(router):
             async with in_process(pool_of([router]), TOKENIZER) as http:
                 for stream in (False, True):
                     answer = await http.post(
                         "/v1/completions", json={"prompt": "a", "stream": stream}
                     )
-                    assert answer.status_code == 503
-                    assert answer.json()["error"]["message"] == "the engine is full"
+                    assert answer.status_code == status
+                    assert answer.json()["error"]["message"] == str(error)
+                    assert answer.json()["error"]["code"] == code
+                    assert ("retry-after" in answer.headers) == (status != 400)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("full", [1, 2, 3])
+def test_an_overloaded_routers_request_goes_to_another_one(full: int) -> None:
+    async def main() -> None:
+        refusal = Overloaded("the engine is full")
+        with (
+            routers_of(*(fake(f"r{at}", refuse=refusal) for at in range(full))) as refusing,
+            routers_of(*(fake(f"r{at}") for at in range(full, 3))) as taking,
+        ):
+            pool = pool_of([*refusing, *taking], max_resubmits=1)
+            await start(pool, 3)
+            readers = [Reader() for _ in range(6)]
+            for at, reader in enumerate(readers):
+                pool.open(request("a" * at, 5), reader.deliver, reader.fail)
+            await asyncio.gather(*(reader.ended.wait() for reader in readers))
+            for at, reader in enumerate(readers):
+                if taking:
+                    assert reader.tokens == by_position(request("a" * at, 5))
+                else:
+                    assert (reader.finish, reader.tokens, reader.events) == ("error", [], 1)
+            if not taking:  # each was asked, none of them twice
+                assert [router.asked for router in refusing] == [6, 6, 6]
+            assert all(router.asked <= 6 for router in refusing)
+            assert sum(router.asked for router in taking) == (6 if taking else 0)
+            assert pool.in_flight == pool.resubmitted == 0
+            assert not any(connection.own for connection in pool._connections.values())
+            await pool.close()
 
     asyncio.run(main())
 
@@ -406,8 +447,37 @@ def test_a_list_that_fails_changes_nothing_and_a_router_off_the_list_retires() -
             assert len(owner.seen) == 1
             await reader.ended.wait()
             assert reader.tokens == by_position(request("a", 60))
-            await until(lambda: len(pool.routers()) == 1)
+            await asyncio.to_thread(owner.close)
+            await until(lambda: len(pool._connections) == 1)
             await pool.close()
+
+    asyncio.run(main())
+
+
+def test_a_controller_that_lists_nobody_changes_nothing() -> None:
+    """It has just restarted: the routers have yet to tell it that they are there."""
+
+    async def main() -> None:
+        with routers_of(fake("r0"), fake("r1")) as routers:
+            listed = list(routers)
+            pool = pool_of(listed)
+            async with in_process(pool, TOKENIZER) as http:
+                await until(lambda: len(pool.routers()) == 2)
+                listed.clear()
+                before = tuple(pool._connections.values())
+                await until(lambda: all(connection.retired for connection in before))
+                assert tuple(pool._connections.values()) == before
+                assert (await http.get("/health")).json() == {"status": "ok", "routers": 2}
+                body = {"prompt": "a", "max_tokens": 3}
+                assert (await http.post("/v1/completions", json=body)).status_code == 200
+                listed.extend(routers)
+                await until(lambda: not any(connection.retired for connection in before))
+                assert tuple(pool._connections.values()) == before
+                listed.clear()
+                for router in routers:  # not listed and gone: forgotten
+                    await asyncio.to_thread(router.close)
+                await until(lambda: not pool._connections)
+                assert (await http.get("/health")).status_code == 503
 
     asyncio.run(main())
 

@@ -62,6 +62,7 @@ MESSAGES: list[Message] = [
                 cached_prompt_tokens=16,
             ),
             TokenEvent(request_id="c", finish="error", error="no expert"),
+            TokenEvent(request_id="c2", finish="error", error="full", error_kind="overloaded"),
             TokenEvent(request_id="d", finish="cancelled"),
             TokenEvent(request_id="e", finish="length"),
         ),
@@ -134,8 +135,14 @@ def test_a_newer_routers_additions_are_left_alone() -> None:
     hello = decode(msgpack.packb([1, "r", 1, {**model, "new": 1}, load, "new"]))
     assert isinstance(hello, Hello)
     assert hello.load == Load(running=1, waiting=2, others=3)
-    event = ["a", [5], 1, None, [], [], 0, "new"]
+    event = ["a", [5], 1, None, [], [], 0, "a new kind", "new"]
     tokens = decode(msgpack.packb([4, load, [event]]))
     assert tokens == Tokens(
         events=(TokenEvent(request_id="a", token_ids=(5,), finish="stop"),), load=hello.load
     )
+
+
+def test_an_older_routers_error_has_no_kind() -> None:
+    tokens = decode(msgpack.packb([4, [0, 0, 0, True], [["a", [], 4, "no expert", [], [], 0]]]))
+    assert isinstance(tokens, Tokens)
+    assert tokens.events == (TokenEvent(request_id="a", finish="error", error="no expert"),)

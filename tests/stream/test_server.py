@@ -12,7 +12,13 @@ from dataclasses import replace
 
 import pytest
 
-from raymoe.errors import HandshakeRefused, Overloaded, PeerLost
+from raymoe.errors import (
+    HandshakeRefused,
+    Overloaded,
+    PeerLost,
+    RequestError,
+    RouterUnavailable,
+)
 from raymoe.links.handshake import Identity, Initiator
 from raymoe.links.streams import shake_socket
 from raymoe.requests import GenerationRequest, SamplingParams, TokenEvent
@@ -172,13 +178,21 @@ def test_an_engine_that_refuses_ends_the_request_with_its_sentence() -> None:
     async def talk(server: StreamServer, engine: Engine) -> None:
         gateway = await Gateway().connect(server)
         assert gateway.client is not None
-        for count, error in enumerate((Overloaded("too many"), RuntimeError("a bug")), 1):
+        errors = (
+            Overloaded("too many"),
+            RuntimeError("a bug"),
+            RequestError("too long", "prompt"),
+            RouterUnavailable("stopping"),
+        )
+        for count, error in enumerate(errors, 1):
             engine.refuse = error
             gateway.client.submit(request(str(error)))
             await until(lambda count=count: len(gateway.events) == count)  # type: ignore[misc]
-        assert [(event.finish, event.error) for event in gateway.events] == [
-            ("error", "too many"),
-            ("error", "a bug"),
+        assert [(event.finish, event.error, event.error_kind) for event in gateway.events] == [
+            ("error", "too many", "overloaded"),
+            ("error", "a bug", None),
+            ("error", "too long", "bad_request"),
+            ("error", "stopping", "unavailable"),
         ]
         assert server.open_requests == 0
 
