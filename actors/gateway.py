@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 
 from actors.controller import find_controller
+from actors.metrics import StatusCache
 from raymoe.checkpoint.spec import ModelSpec
 from raymoe.config import DeploymentConfig, read_secret
 from raymoe.errors import RaymoeError, RouterUnavailable
@@ -74,6 +75,7 @@ def gateway_app(config: dict[str, Any], spec_json: str) -> FastAPI:
             router_wait_s=checked.gateway.router_wait_s,
         ),
     )
+    cached = StatusCache(lambda: controller.ask("status"))
     app = create_app(
         pool,
         GatewayTokenizer.load(spec.path),
@@ -82,6 +84,8 @@ def gateway_app(config: dict[str, Any], spec_json: str) -> FastAPI:
             request_timeout_s=checked.gateway.request_timeout_s,
         ),
         placement=lambda: controller.ask("placement"),
+        more_metrics=cached.metrics,
+        degraded=cached.degraded,
     )
 
     @app.get("/status")

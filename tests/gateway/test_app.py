@@ -90,11 +90,45 @@ def test_hooks_for_placement_and_more_metrics() -> None:
             placement=placement,
             more_metrics=lambda: "raymoe_epoch 3\n",
         )
+
+        @app.get("/status")  # as the gateway's shell adds it
+        async def status() -> dict[str, Any]:
+            return {}
+
         async with httpx.AsyncClient(
             transport=httpx.ASGITransport(app=app), base_url="http://t"
         ) as http:
             assert (await http.get("/placement")).json() == {"epoch": 3}
-            assert (await http.get("/metrics")).text.endswith("raymoe_epoch 3\n")
+            await http.get("/status")
+            text = (await http.get("/metrics")).text
+            assert text.endswith("raymoe_epoch 3\n")
+            assert 'raymoe_http_requests_total{route="/status",status="200"} 1\n' in text
+
+    asyncio.run(main())
+
+
+def test_health_says_when_requests_may_have_to_wait() -> None:
+    async def main() -> None:
+        import httpx
+
+        slow = True
+
+        async def degraded() -> bool:
+            return slow
+
+        with routers_of(FakeRouter(lambda request: [1])) as routers:
+            pool = pool_of(routers)
+            app = create_app(pool, TOKENIZER, AppConfig(model_name="tiny"), degraded=degraded)
+            transport = httpx.ASGITransport(app=app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://t") as http:
+                assert (await http.get("/health")).status_code == 503  # no router: nothing goes
+                await pool.start()
+                await pool.model_info()
+                answer = await http.get("/health")
+                assert (answer.status_code, answer.json()["status"]) == (200, "degraded")
+                slow = False
+                assert (await http.get("/health")).json() == {"status": "ok", "routers": 1}
+            await pool.close()
 
     asyncio.run(main())
 
