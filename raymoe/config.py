@@ -168,7 +168,7 @@ class PlacementConfig(_Checked):
         10.0, gt=0, description="a group that does not answer for so long is ended and replaced"
     )
     restore_s: float = Field(
-        20.0, ge=0, description="a group away for so long has its experts restored in others"
+        5.0, ge=0, description="a group away for so long has its experts restored in others"
     )
     load_timeout_s: float = Field(
         600.0, gt=0, description="start-up gives up when the experts are not loaded by then"

@@ -1,0 +1,59 @@
+"""Experts of a group that is gone are served by the others, and go home when it is back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import openai
+import pytest
+import yaml
+
+from tests.e2e.conftest import DEMO, Deployment
+
+pytestmark = pytest.mark.ray
+
+
+def test_experts_are_borrowed_while_a_group_is_away(tmp_path: Path) -> None:
+    settings = {
+        "model": str(DEMO),
+        "groups": [{"count": 2, "memory_bytes": 45_000_000}],  # each could hold every expert
+        "placement": {"restore_s": 0, "interval_s": 0.2},
+    }
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings))
+    running = Deployment("--config", str(tmp_path / "c.yaml"))
+    try:
+        running.wait_ready()
+        client = openai.OpenAI(base_url=running.url + "/v1", api_key="none", max_retries=0)
+
+        def ask() -> str:
+            answer = client.completions.create(
+                model="demo",
+                prompt="In the beginning",
+                max_tokens=60,
+                temperature=0,
+                extra_body={"ignore_eos": True},
+            )
+            return str(answer.choices[0].text)
+
+        before = ask()
+        first, second = running.get("/status")["groups"]
+        assert (first["replicas"], second["replicas"]) == (48, 48)
+        os.kill(first["pid"], signal.SIGKILL)
+        assert ask() == before
+        most, deadline = 0, time.monotonic() + 60
+        while time.monotonic() < deadline:
+            first, second = running.get("/status")["groups"]
+            most = max(most, second["replicas"])
+            if most == 96 and (first["replicas"], second["replicas"]) == (48, 48):
+                break
+            time.sleep(0.1)
+        assert most == 96, "the other group took all experts"
+        assert (first["replicas"], second["replicas"]) == (48, 48), "and gave them back"
+        assert ask() == before
+        running.stop()
+    finally:
+        if running.process.poll() is None:
+            running.process.kill()
