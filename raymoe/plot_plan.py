@@ -68,7 +68,6 @@ def _layers(axis: Any, plan: Plan, current: Placement | None) -> None:
     if current is not None:
         axis.step(at, current.resident.sum((1, 2)), where="mid", color="#999999", label="before")
     axis.bar(at, after, 0.7, color="#2a6fb0", label="after")
-    axis.set_ylim(bottom=max(0, int(after.min()) - 5))
     axis.set_xlabel("MoE layer")
     axis.set_ylabel("replicas")
     axis.set_title("Replicas of each layer")
