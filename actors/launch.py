@@ -8,22 +8,20 @@ import signal
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray import serve
 from ray.serve.context import _get_global_client
 
 from actors.controller import ensure_controller, reason
+from actors.deploy import deploy, follow
 from actors.leftovers import remove_leftovers
 from actors.local import LocalRay, check_port_free
-from actors.say import announce, base_url, last_sentence, lasting_error, say
+from actors.say import announce, say
 from actors.spawn import controller_name, names_alive
-from actors.take_down import drain, end_actors, leave_cluster, quiet_serve, within
+from actors.take_down import drain, end_actors, leave_cluster, within
 from actors.watch import Watch, watch
 from raymoe.config import DeploymentConfig, read_secret
 from raymoe.errors import ConfigError, RaymoeError
@@ -166,8 +164,8 @@ class _BringUp(threading.Thread):
         controller = ensure_controller(self._config, self._spec_json)
         self._check()
         self._deployed = True
-        _deploy(self._config, self._build, self._spec_json)
-        _follow(controller, self._config, self._check)
+        deploy(self._config, self._build, self._spec_json)
+        follow(controller, self._config, self._check)
         announce(self._config, time.monotonic() - started_s)
         self._watch = watch(self._config.name)
         self._watch.start()
@@ -240,70 +238,6 @@ def check_serve(config: DeploymentConfig, running: Any, prefixes: dict[str, str 
 
 def _prefixes(details: dict[str, Any]) -> dict[str, str | None]:
     return {name: app["route_prefix"] for name, app in details["applications"].items()}
-
-
-def _deploy(config: DeploymentConfig, build: Callable[..., Any], spec_json: str) -> None:
-    groups = sum(kind.count for kind in config.groups)
-    say(
-        f"starting {groups} expert group(s), {config.routers.count} router(s), "
-        f"{config.gateway.count} gateway(s)"
-    )
-    application = build(config, spec_json)
-    prefix = config.gateway.route_prefix
-    with quiet_serve():
-        serve.start(http_options={"host": config.gateway.host, "port": config.gateway.port})
-        serve.run_many(
-            [serve.RunTarget(application, name=config.name, route_prefix=prefix)],
-            wait_for_ingress_deployment_creation=False,
-            wait_for_applications_running=False,
-        )
-
-
-def _follow(controller: Any, config: DeploymentConfig, check: Callable[[], None]) -> None:
-    """Waits until the deployment can answer; raises the controller's reason when it cannot."""
-    deadline = time.monotonic() + config.placement.load_timeout_s
-    shown = ""
-    while True:
-        check()
-        progress = ray.get(controller.progress.remote())
-        if progress["failed"]:
-            raise ConfigError(progress["failed"])
-        if progress["text"] != shown:
-            shown = progress["text"]
-            say(shown)
-        running = _application_runs(config.name)
-        if progress["ready"] and running and _healthy(config):
-            return
-        if time.monotonic() > deadline:
-            raise ConfigError(
-                f"not ready after {config.placement.load_timeout_s:.0f} s "
-                f"(placement.load_timeout_s); last: {shown}"
-            )
-        time.sleep(_POLL_S)
-
-
-def _application_runs(name: str) -> bool:
-    """Whether Serve has it running; raises `ConfigError` when it cannot, as soon as that shows."""
-    app = serve.status().applications.get(name)
-    if app is None:
-        return False
-    messages = [d.message for d in app.deployments.values() if d.message]
-    lasting = lasting_error(messages)
-    if lasting is not None:
-        raise ConfigError(f"the deployment cannot start: {lasting}")
-    if app.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-        raise ConfigError(
-            f"the Serve application failed to start: {last_sentence([*messages, app.message])}"
-        )
-    return bool(app.status == "RUNNING")
-
-
-def _healthy(config: DeploymentConfig) -> bool:
-    try:
-        with urllib.request.urlopen(base_url(config) + "/health", timeout=2) as answer:
-            return bool(answer.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False
 
 
 def _tell_logs(folder: Path | None) -> None:

@@ -8,8 +8,6 @@ import os
 import signal
 import sys
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,7 +20,10 @@ MIB = 1 << 20
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; 0 when it did what was asked, 2 with one sentence when it could not."""
-    args = _parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["serve"]:
+        _on_signals(_leave_at_once)  # before the slow imports, which begin with the parser
+    args = _parser().parse_args(words)
     try:
         return int(args.run(args))
     except (RaymoeError, PlacementError) as e:
@@ -72,7 +73,6 @@ def _add_status(commands: Any) -> None:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    _on_signals(_leave_at_once)
     from raymoe.config import load_config
 
     flags = {
@@ -147,6 +147,9 @@ def _shown(value: float | None) -> str:
 
 
 def _get_json(url: str) -> Any:
+    import urllib.error
+    import urllib.request
+
     try:
         with urllib.request.urlopen(url, timeout=10) as answer:
             return json.load(answer)
