@@ -228,7 +228,8 @@ class CountRequests:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        route = scope["path"] if scope["path"] in _ROUTES else "other"
+        path = scope["path"].removeprefix(scope.get("root_path", ""))  # served under a prefix
+        route = path if path in _ROUTES else "other"
 
         async def counted(message: Any) -> None:
             if message["type"] == "http.response.start":

@@ -331,6 +331,24 @@ def test_stall_limit_names_layer_and_experts(policy: Policy) -> None:
         client.close()
 
 
+def test_a_batch_given_up_can_be_tried_again_until_its_expert_is_back() -> None:
+    group = ScriptedGroup("a", {(0, 0)})
+    fleet = Fleet([group], 1, 2)
+    client = make_client(fleet, stall_limit_s=0.1, deadline_floor_s=5.0, first_deadline_s=5.0)
+    batch = draw_batch(np.random.default_rng(0), 9, 2, 2)
+    try:
+        client.set_table(fleet.table(1))
+        wait_until(lambda: client.connected() == ("a",))
+        for _ in range(3):
+            with pytest.raises(ExpertsUnavailable, match="layer 0"):
+                check(client, 0, batch)
+        group.resident.add((0, 1))
+        client.set_table(fleet.table(2))
+        check(client, 0, batch)
+    finally:
+        client.close()
+
+
 def test_without_any_table_dispatch_gives_up_after_the_stall_limit() -> None:
     fleet = Fleet([], 1, 1)
     client = make_client(fleet, stall_limit_s=0.05)

@@ -107,6 +107,20 @@ def test_hooks_for_placement_and_more_metrics() -> None:
     asyncio.run(main())
 
 
+def test_routes_are_counted_by_name_under_a_prefix_too() -> None:
+    async def main() -> None:
+        import httpx
+
+        app = create_app(pool_of([]), TOKENIZER, AppConfig(model_name="tiny"))
+        transport = httpx.ASGITransport(app=app, root_path="/demo")
+        async with httpx.AsyncClient(transport=transport, base_url="http://t") as http:
+            assert (await http.get("/demo/v1/models")).status_code == 200
+            text = (await http.get("/demo/metrics")).text
+        assert 'raymoe_http_requests_total{route="/v1/models",status="200"} 1\n' in text
+
+    asyncio.run(main())
+
+
 def test_health_says_when_requests_may_have_to_wait() -> None:
     async def main() -> None:
         import httpx
