@@ -43,7 +43,7 @@ def follow(controller: Any, config: DeploymentConfig, check: Callable[[], None])
     shown = ""
     while True:
         check()
-        progress = ray.get(controller.progress.remote())
+        progress = _progress(controller, max(1.0, deadline - time.monotonic()))
         if progress["failed"]:
             raise ConfigError(progress["failed"])
         if progress["text"] != shown:
@@ -58,6 +58,14 @@ def follow(controller: Any, config: DeploymentConfig, check: Callable[[], None])
                 f"(placement.load_timeout_s); last: {shown}"
             )
         time.sleep(_POLL_S)
+
+
+def _progress(controller: Any, limit_s: float) -> dict[str, Any]:
+    try:
+        progress: dict[str, Any] = ray.get(controller.progress.remote(), timeout=limit_s)
+    except ray.exceptions.GetTimeoutError as e:
+        raise ConfigError("the placement controller did not answer while it started") from e
+    return progress
 
 
 def _application_runs(name: str) -> bool:
