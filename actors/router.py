@@ -73,6 +73,7 @@ class Router:
                 chunk_tokens=settings.chunk_tokens,
                 max_context=settings.max_context_tokens,
                 max_waiting=settings.max_waiting,
+                stall_end_s=plane.stall_limit_s,
             ),
         )
         self._work = threading.Event()

@@ -153,7 +153,9 @@ class DataPlaneConfig(_Checked):
         "127.0.0.1", description="address the TCP ends listen on; `node`: the Ray node's address"
     )
     stall_limit_s: float = Field(
-        30.0, gt=0, description="how long a step waits for an expert without a ready replica"
+        600.0,
+        gt=0,
+        description="a request that waits for an expert without a ready replica ends after this",
     )
 
 
