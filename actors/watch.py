@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from textwrap import shorten
 from typing import Any
 
 import ray
@@ -15,6 +16,7 @@ from actors.say import say
 _LOOK_S = 2.0
 _ANSWER_S = 2.0
 _RAY_GONE_S = 15.0
+_TEXT_CHARS = 200  # Ray explains the death of an actor at length
 _SILENT = {"ready": False, "failed": None, "text": "the placement controller does not answer"}
 
 
@@ -61,7 +63,7 @@ class Watch(threading.Thread):
         elif progress["ready"]:
             self._show("")
         else:
-            self._show(f"not ready: {progress['text']}")
+            self._show("not ready: " + shorten(progress["text"], _TEXT_CHARS, placeholder=" ..."))
 
     def failed(self) -> str | None:
         """Why the controller has given up."""
