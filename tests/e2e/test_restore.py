@@ -40,18 +40,19 @@ def test_experts_are_borrowed_while_a_group_is_away(tmp_path: Path) -> None:
 
         before = ask()
         first, second = running.get("/status")["groups"]
-        assert (first["replicas"], second["replicas"]) == (48, 48)
+        home = (first["replicas"], second["replicas"])  # by measured speed, not always even
+        assert sum(home) == 96 and min(home) > 0
         os.kill(first["pid"], signal.SIGKILL)
         assert ask() == before
         most, deadline = 0, time.monotonic() + 60
         while time.monotonic() < deadline:
             first, second = running.get("/status")["groups"]
             most = max(most, second["replicas"])
-            if most == 96 and (first["replicas"], second["replicas"]) == (48, 48):
+            if most == 96 and (first["replicas"], second["replicas"]) == home:
                 break
             time.sleep(0.1)
         assert most == 96, "the other group took all experts"
-        assert (first["replicas"], second["replicas"]) == (48, 48), "and gave them back"
+        assert (first["replicas"], second["replicas"]) == home, "and gave them back"
         assert ask() == before
         running.stop()
     finally:
