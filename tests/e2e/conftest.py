@@ -88,7 +88,18 @@ def run_raymoe(*arguments: str, timeout_s: float = 120) -> subprocess.CompletedP
     )
 
 
-@pytest.fixture(scope="session")
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that start Ray of their own come before those that share one: two deployments at once
+    on two cores only slow each other down."""
+    items.sort(
+        key=lambda item: (
+            "tests/e2e/" in item.path.as_posix()
+            and "deployment" in getattr(item, "fixturenames", ())
+        )
+    )
+
+
+@pytest.fixture(scope="package")
 def deployment() -> Iterator[Deployment]:
     """The demo model on three groups and two routers; shared by the tests of this folder."""
     running = Deployment(str(DEMO), "--groups", "3", "--routers", "2")
