@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -54,6 +55,7 @@ class LiveGroup:
     retry_at_s: float | None = None  # when the next life, or the next load, is to start
     busy: bool = False  # a load or drop is under way
     pinged: bool = False  # a ping is under way
+    pinged_at_s: float = -math.inf  # when the last one was sent
 
     @property
     def up(self) -> bool:

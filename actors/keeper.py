@@ -101,7 +101,7 @@ class GroupKeeper:
         if now - group.heard_s > self._config.placement.unreachable_s:
             self._abandon(group)
             return
-        self._ping(group)
+        self._ping(group, now)
         due = group.retry_at_s is None or now >= group.retry_at_s
         if due and not group.busy and not self._load(group):
             self._drop(group, now)
@@ -191,10 +191,13 @@ class GroupKeeper:
             group.retry_at_s = now + pause
             self.changes += 1
 
-    def _ping(self, group: LiveGroup) -> None:
-        if group.pinged:
+    def _ping(self, group: LiveGroup, now: float) -> None:
+        """One call at a time, and not before its interval has passed: each answer wakes `tend`."""
+        placement = self._config.placement
+        every_s = min(placement.interval_s, placement.unreachable_s / 4)
+        if group.pinged or now - group.pinged_at_s < every_s:
             return
-        group.pinged = True
+        group.pinged, group.pinged_at_s = True, now
         life = group.incarnation
 
         def ponged(_: Any, error: Exception | None) -> None:
