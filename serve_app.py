@@ -14,7 +14,7 @@ from ray.serve import Application
 
 from actors.gateway import gateway_app
 from actors.router import Router
-from raymoe.config import DeploymentConfig
+from raymoe.config import DeploymentConfig, GatewayConfig, RoutersConfig
 
 
 @serve.ingress()
@@ -43,7 +43,7 @@ def build(args: DeploymentConfig, spec_json: str | None = None) -> Application:
         Router,
         name="Router",
         num_replicas=routers.count,
-        ray_actor_options={"num_cpus": routers.num_cpus, "num_gpus": routers.num_gpus},
+        ray_actor_options={**_where(routers), "num_gpus": routers.num_gpus},
         health_check_period_s=2,
         health_check_timeout_s=30,
         graceful_shutdown_timeout_s=5,
@@ -53,6 +53,14 @@ def build(args: DeploymentConfig, spec_json: str | None = None) -> Application:
         name="Gateway",
         num_replicas=gateway.count,
         max_ongoing_requests=gateway.max_in_flight + 64,  # ours answers 429 before Serve does
-        ray_actor_options={"num_cpus": gateway.num_cpus},
+        ray_actor_options=_where(gateway),
         graceful_shutdown_timeout_s=5,
     ).bind(config, spec_json, router)
+
+
+def _where(wanted: RoutersConfig | GatewayConfig) -> dict[str, Any]:
+    """What a replica asks Ray for, and on which nodes it may run."""
+    options: dict[str, Any] = {"num_cpus": wanted.num_cpus, "resources": wanted.resources}
+    if wanted.label_selector:
+        options["label_selector"] = wanted.label_selector
+    return options

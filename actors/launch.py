@@ -273,6 +273,10 @@ def _logical_resources(config: DeploymentConfig) -> tuple[float, float, dict[str
     for kind in config.groups:
         cpus += kind.num_cpus * kind.count
         gpus += kind.num_gpus * kind.count
-        for name, amount in kind.resources.items():
-            resources[name] = resources.get(name, 0.0) + amount * kind.count
+    asked = [(kind.resources, kind.count) for kind in config.groups]
+    asked.append((config.routers.resources, config.routers.count))
+    asked.append((config.gateway.resources, config.gateway.count))
+    for amounts, count in asked:
+        for name, amount in amounts.items():
+            resources[name] = resources.get(name, 0.0) + amount * count
     return cpus, gpus, resources

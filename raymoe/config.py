@@ -91,6 +91,12 @@ class RoutersConfig(_Checked):
     count: int = Field(1, ge=1, le=256, description="how many routers share the groups")
     num_cpus: float = Field(1.0, ge=0, description="Ray CPUs a router asks for")
     num_gpus: float = Field(0.0, ge=0, description="Ray GPUs a router asks for")
+    resources: Annotated[dict[str, float], AfterValidator(_custom_resources)] = Field(
+        default_factory=dict, description="custom Ray resources a router asks for"
+    )
+    label_selector: dict[str, str] = Field(
+        default_factory=dict, description="Ray node labels a router asks for"
+    )
     device: Annotated[str, AfterValidator(_router_device)] = Field(
         "cpu", description="torch device of the dense part; only cpu so far"
     )
@@ -116,6 +122,12 @@ class GatewayConfig(_Checked):
     )
     count: int = Field(1, ge=1, le=256, description="gateway replicas")
     num_cpus: float = Field(0.5, ge=0, description="Ray CPUs a gateway asks for")
+    resources: Annotated[dict[str, float], AfterValidator(_custom_resources)] = Field(
+        default_factory=dict, description="custom Ray resources a gateway asks for"
+    )
+    label_selector: dict[str, str] = Field(
+        default_factory=dict, description="Ray node labels a gateway asks for"
+    )
     model_name: str | None = Field(
         None, description="name in /v1/models; none: the checkpoint folder's name"
     )

@@ -76,7 +76,9 @@ class Deployment:
 RAYMOE = [sys.executable, "-m", "raymoe.cli"]
 
 
-def run_raymoe(*arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+def run_raymoe(
+    *arguments: str, timeout_s: float = 120, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """One raymoe command to its end."""
     return subprocess.run(
         [*RAYMOE, *arguments],
@@ -84,7 +86,7 @@ def run_raymoe(*arguments: str, timeout_s: float = 120) -> subprocess.CompletedP
         text=True,
         cwd=ROOT,
         timeout=timeout_s,
-        env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+        env={**os.environ, "RAY_AUTH_MODE": "disabled", **(env or {})},
     )
 
 

@@ -1,0 +1,82 @@
+"""A deployment that joins a Ray cluster of several nodes; one of them is lost under traffic."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import openai
+import pytest
+import yaml
+
+from actors.local import free_port
+from tests.e2e.conftest import DEMO, Deployment, run_raymoe
+from tests.e2e.nodes import Nodes
+
+pytestmark = pytest.mark.ray
+
+
+def config(path: Path, address: str) -> str:
+    """Groups on nodes `a` and `b`, everything else on the head; either holds every expert."""
+    whole = 45_000_000
+    settings = {
+        "model": str(DEMO),
+        "ray": {"address": address},
+        "groups": [
+            {"kind": "one", "count": 1, "memory_bytes": whole, "resources": {"a": 1}},
+            {"kind": "two", "count": 1, "memory_bytes": whole, "resources": {"b": 1}},
+        ],
+        "routers": {"resources": {"head": 1}},
+        "gateway": {"resources": {"head": 1}},
+        "placement": {"restore_s": 0.5, "interval_s": 0.5},
+    }
+    path.write_text(yaml.safe_dump(settings))
+    return str(path)
+
+
+def test_a_cluster_is_joined_and_left_and_a_node_of_it_lost(tmp_path: Path) -> None:
+    with Nodes("a", "b") as nodes:
+        file = config(tmp_path / "c.yaml", nodes.address)
+        running = Deployment("--config", file, env=nodes.env)
+        try:
+            running.wait_ready()
+            first, second = running.get("/status")["groups"]
+            assert first["node"] != second["node"]
+            client = openai.OpenAI(base_url=running.url + "/v1", api_key="none", max_retries=0)
+
+            def ask(tokens: int) -> openai.Stream[openai.types.Completion]:
+                return client.completions.create(
+                    model="demo",
+                    prompt="In the beginning",
+                    max_tokens=tokens,
+                    temperature=0,
+                    stream=True,
+                    extra_body={"ignore_eos": True},
+                )
+
+            before = "".join(chunk.choices[0].text for chunk in ask(120))
+            again = run_raymoe("serve", "--config", file, "--port", str(free_port()), env=nodes.env)
+            assert again.returncode == 2 and "runs already" in again.stderr, again.stderr
+
+            during = []
+            for chunk in ask(120):
+                if len(during) == 10:
+                    nodes.kill("b")
+                during.append(chunk.choices[0].text)
+            assert "".join(during) == before
+            deadline = time.monotonic() + 60
+            while time.monotonic() < deadline:
+                first, second = running.get("/status")["groups"]
+                if first["replicas"] == 96 and second["state"] != "ready":
+                    break
+                time.sleep(0.2)
+            assert first["replicas"] == 96, "every expert lives on the node that is left"
+            assert second["state"] != "ready"
+            assert "".join(chunk.choices[0].text for chunk in ask(120)) == before
+            assert running.stop() < 30
+        finally:
+            if running.process.poll() is None:
+                running.process.kill()
+        listed = run_raymoe("status", "--json", "--port", str(running.port))
+        assert listed.returncode == 2, json.dumps(listed.stdout)
