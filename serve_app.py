@@ -1,10 +1,11 @@
 """Composition root: typed settings -> Ray Serve application (gateway and routers).
 
-`raymoe serve` uses it, and so does a Serve config: `import_path: serve_app:build` with the fields
-of `raymoe.config.DeploymentConfig` as `args`.
+A Serve config names `import_path: serve_app:build`, with the fields of
+`raymoe.config.DeploymentConfig` as `args`; `raymoe serve` calls `application`.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations` here: Ray Serve looks at the annotation of `build`'s
+# argument itself, and would hand over an unchecked dict if it were a string.
 
 from typing import Any
 
@@ -28,17 +29,24 @@ class Gateway:
         return gateway_app(self._config, self._spec_json)
 
 
-def build(args: DeploymentConfig, spec_json: str | None = None) -> Application:
-    """The application of one deployment. Reads the checkpoint's config when no spec is given.
+def build(args: DeploymentConfig) -> Application:
+    """The application of a Serve config: Ray Serve allows a builder this one argument.
 
-    Raises `CheckpointError` when the checkpoint cannot be served.
+    Raises `CheckpointError` when the checkpoint cannot be served, `PlacementError` when the groups
+    are too small for it.
     """
-    if spec_json is None:
-        from raymoe.checkpoint.reader import read_spec
+    from raymoe.budget import check_budgets
+    from raymoe.checkpoint.reader import read_spec
 
-        spec_json = read_spec(args.model).to_json()
-    config = args.model_dump(mode="json")
-    routers, gateway = args.routers, args.gateway
+    spec = read_spec(args.model)
+    check_budgets(args, spec)
+    return application(args, spec.to_json())
+
+
+def application(settings: DeploymentConfig, spec_json: str) -> Application:
+    """The application of one deployment; `spec_json` is the `ModelSpec` of its checkpoint."""
+    config = settings.model_dump(mode="json")
+    routers, gateway = settings.routers, settings.gateway
     router = serve.deployment(
         Router,
         name="Router",

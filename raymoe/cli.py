@@ -103,7 +103,7 @@ def _serve(args: argparse.Namespace) -> int:
 
     stop = threading.Event()
     _on_signals(stop.set)  # from here on there is something to take down
-    return launch(config, spec.to_json(), summary, serve_app.build, stop)
+    return launch(config, spec.to_json(), summary, serve_app.application, stop)
 
 
 def _on_signals(act: Callable[[], None]) -> None:

@@ -1,0 +1,31 @@
+"""The composition root as Ray Serve calls it for a Serve config. Does not start Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as serve_builds
+
+import serve_app
+from placement.errors import PlacementError
+
+DEMO = str(Path(__file__).resolve().parents[1] / "models" / "demo")
+
+
+def test_serve_can_call_the_builder() -> None:
+    app = serve_builds(serve_app.build, {"model": DEMO, "routers": {"count": 2}})
+    gateway = app._bound_deployment
+    router = gateway.init_args[2]._bound_deployment
+    assert (gateway.name, router.name, router.num_replicas) == ("Gateway", "Router", 2)
+
+
+def test_arguments_are_checked() -> None:
+    with pytest.raises(ValidationError, match="routres"):
+        serve_builds(serve_app.build, {"model": DEMO, "routres": {}})
+
+
+def test_groups_that_are_too_small_are_refused_before_anything_starts() -> None:
+    with pytest.raises(PlacementError, match="bytes"):
+        serve_builds(serve_app.build, {"model": DEMO, "groups": [{"memory_bytes": 100_000}]})
