@@ -8,7 +8,7 @@ import numpy as np
 
 from placement.errors import PlacementError
 from placement.table import Table
-from placement.types import Bools, Fleet, Floats
+from placement.types import Bools, Fleet, Floats, GroupSpec
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -20,8 +20,12 @@ class Snapshot:
     table      the table published last, None before the first
     drained    no client uses a table older than this epoch any more
     draining   ids of groups that shall be emptied
+    away       ids of groups that cannot be asked anything now but are expected back: they keep
+               their part of the plan, and nothing is asked of them
     counts     float64 [L, E], tokens since the last snapshot; None: not measured
     window_s   seconds in which `counts` were counted
+    starting   groups asked for that do not live yet
+    queue_s    how long dispatches wait in the groups (say the 95th percentile); 0: not measured
     """
 
     fleet: Fleet
@@ -30,8 +34,11 @@ class Snapshot:
     table: Table | None = None
     drained: int = 0
     draining: frozenset[str] = frozenset()
+    away: frozenset[str] = frozenset()
     counts: Floats | None = None
     window_s: float = 0.0
+    starting: tuple[GroupSpec, ...] = ()
+    queue_s: float = 0.0
 
     def __post_init__(self) -> None:
         groups = len(self.fleet.groups)
@@ -80,4 +87,21 @@ class Retire:
     why: str
 
 
-Action = Load | Drop | Publish | Retire
+@dataclass(frozen=True, kw_only=True)
+class Spawn:
+    """Start a group of this kind under this id, unless it runs or starts already."""
+
+    group: str
+    kind: str
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drain:
+    """Empty this group: name it in `Snapshot.draining` from now on, until it is retired."""
+
+    group: str
+    why: str
+
+
+Action = Load | Drop | Publish | Retire | Spawn | Drain

@@ -28,6 +28,8 @@ class Kind:
     price: float = 1.0  # per hour, in any currency
     most: int = 1_000  # how many may run at once
     bandwidth_bytes_per_s: float = 1e9
+    alpha_s: float = 0.0
+    gamma_s: float = 0.0
 
     def __post_init__(self) -> None:
         if not (self.speed > 0 and self.price > 0 and self.memory_bytes > 0):
@@ -95,7 +97,11 @@ class Autoscaler:
         queue_s: float = 0.0,
         draining: frozenset[str] = frozenset(),
     ) -> Decision:
-        """load float64 [L, E] pairs/s; queue_s: the waiting time observed (say its p95)."""
+        """load float64 [L, E] pairs/s; queue_s: the waiting time observed (say its p95).
+
+        `fleet` may list groups that still start, after those that `placement` knows: they count
+        as capacity, and are never the ones to retire.
+        """
         config = self.config
         load = check_load(load, fleet.layers)
         alive = np.array([g not in draining for g in fleet.ids])
@@ -149,7 +155,8 @@ class Autoscaler:
             running[kind.name] += 1
             rate += kind.speed * fleet.tokens_per_s
             room -= 1
-            grown = replace(grown, groups=(*grown.groups, _group_of(kind, len(grown.groups))))
+            more = group_of(kind, f"new-{kind.name}-{len(grown.groups)}")
+            grown = replace(grown, groups=(*grown.groups, more))
         if not add:
             return Decision(utilisation=busy, why=f"{why}; at the most groups allowed")
         self._acted_s = now
@@ -176,6 +183,8 @@ class Autoscaler:
         best: tuple[float, str, str] | None = None
         total = float(fleet.pair_rate[alive].sum())
         for g in np.flatnonzero(alive).tolist():
+            if g >= placement.resident.shape[2]:
+                continue  # it still starts
             left = total - float(fleet.pair_rate[g])
             after = busy * total / max(left, 1e-300)
             rest = alive.copy()
@@ -193,14 +202,17 @@ class Autoscaler:
         return Decision(retire=(best[1],), utilisation=busy, why=f"retire {best[1]}: {best[2]}")
 
 
-def _group_of(kind: Kind, number: int) -> GroupSpec:
+def group_of(kind: Kind, group: str) -> GroupSpec:
+    """A group of this kind, on a node of its own."""
     return GroupSpec(
-        id=f"new-{kind.name}-{number}",
-        node=f"new-node-{number}",
+        id=group,
+        node=f"node of {group}",
         kind=kind.name,
         speed=kind.speed,
         memory_bytes=kind.memory_bytes,
         bandwidth_bytes_per_s=kind.bandwidth_bytes_per_s,
+        alpha_s=kind.alpha_s,
+        gamma_s=kind.gamma_s,
     )
 
 

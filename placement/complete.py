@@ -8,7 +8,12 @@ from placement.types import Bools, Fleet, Floats, Placement
 
 
 def complete(
-    fleet: Fleet, held: Bools, load: Floats | None = None, *, use_reserve: bool = False
+    fleet: Fleet,
+    held: Bools,
+    load: Floats | None = None,
+    *,
+    use_reserve: bool = False,
+    staying: Bools | None = None,
 ) -> Placement:
     """`held` bool [L, E, G] plus one replica of each expert that none of the groups holds.
 
@@ -24,6 +29,8 @@ def complete(
     sizes = fleet.expert_bytes
     budget = fleet.budget_bytes + (fleet.reserve_bytes if use_reserve else 0)
     room = budget - np.einsum("leg,l->g", held.astype(np.int64), sizes)  # [G] bytes
+    if staying is not None:
+        room = np.where(staying, room, 0)
     copies = np.maximum(held.sum(2), 1)
     missing = fleet.present(experts) & ~held.any(2)
     for layer in range(layers):

@@ -32,6 +32,7 @@ class Converger:
     suspended: set[Cell] = field(default_factory=set)
     given_up: set[Cell] = field(default_factory=set)
     failures: dict[Cell, tuple[int, float]] = field(default_factory=dict)
+    reasons: dict[Cell, str] = field(default_factory=dict)  # why the plan wants a replica
 
     def new_target(self) -> None:
         """A new plan: what stood in the way of the old one is forgotten."""
@@ -43,6 +44,10 @@ class Converger:
         """A load ended in an error: try again later, each time later."""
         count = self.failures.get(cell, (0, 0.0))[0] + 1
         self.failures[cell] = count, now + self.retry_s * 2 ** min(count - 1, 6)
+
+    def load_done(self, cell: Cell) -> None:
+        """A replica is ready: earlier failures of it count no more."""
+        self.failures.pop(cell, None)
 
     def step(self, snapshot: Snapshot, target: Placement, now: float) -> list[Action]:
         """The next safe actions towards `target` (in the snapshot's group order)."""
@@ -121,6 +126,7 @@ class Converger:
         if len(peers):
             best = peers[fleet.bandwidth[peers] == fleet.bandwidth[peers].max()]
             source = fleet.ids[int(best[(layer + expert) % len(best)])]
+        why = self.reasons.get((layer, expert, fleet.ids[group]), why)
         return Load(layer=layer, expert=expert, group=fleet.ids[group], source=source, why=why)
 
     def _drops(self, view: _View) -> list[Action]:
@@ -215,6 +221,8 @@ class _View:
         goal[homeless] = ready[homeless]
         self.goal: Bools = goal
         self.wanted: Bools = goal & ~ready & ~snapshot.loading
+        self.asleep: Bools = np.array([g in snapshot.away for g in fleet.ids])
+        self.wanted[:, :, self.asleep] = False
         self.held: Ints = bytes_by_group(ready | snapshot.loading, fleet.expert_bytes)
         self.free: Ints = fleet.budget_bytes - self.held
 
@@ -240,6 +248,7 @@ class _View:
             room = self.free + self.reserve
             free = (room >= sizes[layer]) & ~draining & ~snapshot.ready[layer, expert]
             free[group] = False
+            free &= ~self.asleep
             if free.any():
                 return layer, expert, int(np.where(free, room, -1).argmax())
         return None

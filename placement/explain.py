@@ -27,6 +27,22 @@ def explain(plan: Plan, fleet: Fleet, most: int | None = None) -> list[str]:
     return lines if most is None else lines[:most]
 
 
+def reasons(plan: Plan, fleet: Fleet) -> dict[tuple[int, int, str], str]:
+    """Why each replica is to be loaded: (layer, expert, group id) -> a sentence."""
+    ids = fleet.ids
+    why = {
+        (o.layer, o.expert, ids[o.group]): _owed_line(o.kind, o.layer, o.expert, ids[o.group])
+        for o in plan.owed
+        if o.kind == "restore"
+    }
+    for change in plan.changes:
+        line = _change_line(change, plan, fleet)
+        why[change.layer, change.expert, ids[change.target]] = line
+        if change.kind == "swap":
+            why[change.layer, change.other_expert, ids[change.source]] = line
+    return why
+
+
 def _owed_line(kind: str, layer: int, expert: int, group: str) -> str:
     name = f"layer {layer} expert {expert}"
     if kind == "restore":

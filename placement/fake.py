@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from placement.actions import Action, Drop, Load, Publish, Retire, Snapshot
+from placement.actions import Action, Drain, Drop, Load, Publish, Retire, Snapshot, Spawn
+from placement.autoscale import Kind, group_of
 from placement.errors import PlacementError
 from placement.table import Table
 from placement.types import Bools, Fleet, Floats, GroupSpec
@@ -15,8 +16,22 @@ from placement.types import Bools, Fleet, Floats, GroupSpec
 class FakeFleet:
     """Executes actions in simulated time."""
 
-    def __init__(self, fleet: Fleet, layers: int, experts: int) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        layers: int,
+        experts: int,
+        kinds: tuple[Kind, ...] = (),
+        start_s: float = 0.0,
+    ) -> None:
+        """kinds: what groups can be had; start_s: how long one takes from Spawn to life."""
         self.fleet = fleet
+        self._kinds, self._start_s = {kind.name: kind for kind in kinds}, start_s
+        self.starting: dict[str, tuple[GroupSpec, float]] = {}  # and when it lives
+        self.queue_s = 0.0
+        self.now = 0.0
+        self.group_s = 0.0  # seconds of groups, from Spawn to their end
+        self.price_s = 0.0  # the same, weighted by the kinds' prices
         shape = (layers, experts, len(fleet.groups))
         self.ready: Bools = np.zeros(shape, np.bool_)
         self.loading: Bools = np.zeros(shape, np.bool_)
@@ -38,6 +53,8 @@ class FakeFleet:
             draining=self.draining,
             counts=counts,
             window_s=window_s,
+            starting=tuple(spec for spec, _ in self.starting.values()),
+            queue_s=self.queue_s,
         )
 
     def execute(self, actions: list[Action], now: float) -> None:
@@ -49,6 +66,12 @@ class FakeFleet:
                 self._load(action, index[action.group], now)
             elif isinstance(action, Drop):
                 self.ready[action.layer, action.expert, index[action.group]] = False
+            elif isinstance(action, Drain):
+                self.draining = self.draining | {action.group}
+            elif isinstance(action, Spawn):
+                if action.group not in self.starting and action.group not in self.fleet.ids:
+                    spec = group_of(self._kinds[action.kind], action.group)
+                    self.starting[action.group] = spec, now + self._start_s
             elif isinstance(action, Retire):
                 self.lose(action.group)
                 index = {group: g for g, group in enumerate(self.fleet.ids)}
@@ -66,7 +89,15 @@ class FakeFleet:
         self.loading_s[action.group] = self.loading_s.get(action.group, 0.0) + seconds
 
     def advance(self, now: float) -> None:
-        """Finish the loads due by now."""
+        """Finish the loads and starts due by now; the clock only goes on."""
+        if np.isfinite(now) and now > self.now:
+            paid = [*self.fleet.groups, *(spec for spec, _ in self.starting.values())]
+            self.group_s += (now - self.now) * len(paid)
+            prices = [self._kinds[g.kind].price if g.kind in self._kinds else 1.0 for g in paid]
+            self.price_s += (now - self.now) * sum(prices)
+            self.now = now
+        for group in [g for g, (_, end) in self.starting.items() if end <= now]:
+            self.join(self.starting.pop(group)[0])
         index = {group: g for g, group in enumerate(self.fleet.ids)}
         for cell in [c for c, end in self.ends.items() if end <= now]:
             del self.ends[cell]
@@ -75,7 +106,9 @@ class FakeFleet:
             self.ready[layer, expert, index[group]] = True
 
     def next_end(self) -> float | None:
-        return min(self.ends.values(), default=None)
+        """When the next load or start ends."""
+        starts = [end for _, end in self.starting.values()]
+        return min([*self.ends.values(), *starts], default=None)
 
     def lose(self, group: str) -> None:
         at = self.fleet.ids.index(group)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from placement.dwell import Held
 from placement.errors import PlacementError
 from placement.forecast import Forecast
 from placement.plan import Plan, PlanConfig
@@ -48,8 +49,12 @@ def delta_plan(
     current: Placement,
     config: PlanConfig | None = None,
     staying: Bools | None = None,
+    dwelling: Held | None = None,
 ) -> Plan:
-    """From the current placement: what is owed, then only actions that pay for their bytes."""
+    """From the current placement: what is owed, then only actions that pay for their bytes.
+
+    dwelling  copies that actions for gain leave alone
+    """
     config = config or PlanConfig()
     problem = Problem(forecast, fleet, config, staying)
     _check_current(current, problem)
@@ -60,7 +65,9 @@ def delta_plan(
     limit = np.inf if config.interval_bytes is None else float(config.interval_bytes)
     limit -= sum(o.loaded_bytes for o in owed)  # what is owed is loaded in any case
     rounds = problem.rounds(2)
-    searcher = problem.search(resident, cases, problem.price, config.margin, limit, rounds)
+    searcher = problem.search(
+        resident, cases, problem.price, config.margin, limit, rounds, dwelling
+    )
     return _finish("delta", problem, cases, searcher, current, owed)
 
 
@@ -118,10 +125,12 @@ def make_plan(
     config: PlanConfig | None = None,
     mode: str = "auto",
     staying: Bools | None = None,
+    dwelling: Held | None = None,
 ) -> Plan:
     """The plan to take: delta from `current`, or a full one when that wins net of all bytes.
 
-    mode: "auto", "full" or "delta" (which needs `current`).
+    mode: "auto", "full" or "delta" (which needs `current`). `dwelling` holds for delta plans, and
+    keeps "auto" from a full plan that would not heed it.
     """
     config = config or PlanConfig()
     if mode not in ("auto", "full", "delta"):
@@ -130,7 +139,7 @@ def make_plan(
         raise PlacementError("a delta plan starts from a placement: give --current, or plan full")
     if current is None or mode == "full":
         return full_plan(forecast, fleet, config, current, staying)
-    delta = delta_plan(forecast, fleet, current, config, staying)
+    delta = delta_plan(forecast, fleet, current, config, staying, dwelling)
     if mode == "delta":
         return delta
     alive = np.ones(len(fleet.groups), np.bool_) if staying is None else staying
@@ -141,6 +150,7 @@ def make_plan(
     gain_full, gain_delta = net_gain_s(full, fleet), net_gain_s(delta, fleet)
     limit = config.interval_bytes
     allowed = limit is None or full.loaded_bytes <= limit
+    allowed = allowed and (dwelling is None or dwelling.allows(full.loads, full.drops))
     return full if allowed and gain_full > max(gain_delta, 0.0) * config.switch else delta
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from placement.dwell import Held
 from placement.errors import PlacementError
 from placement.forecast import Forecast
 from placement.plan import PlanConfig
@@ -83,6 +84,7 @@ class Problem:
         margin: float,
         limit: float,
         rounds: int,
+        dwelling: Held | None = None,
     ) -> Searcher:
         held = bytes_by_group(resident, self.size)
         room = np.where(self.staying, self.fleet.budget_bytes - held, 0)
@@ -103,6 +105,7 @@ class Problem:
             byte_limit=limit,
             pool=pool,
             node=self._nodes(),
+            held=dwelling,
         )
         searcher.run(rounds)
         return searcher

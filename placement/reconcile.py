@@ -1,8 +1,10 @@
 """The controller's mind: snapshots in, actions out. No I/O, no clock, no sleep.
 
 `step` plans when it is time or when the fleet changed, and then takes the next safe steps towards
-the plan (placement/converge.py). The controller actor executes; the simulator does the same with
-a fake fleet.
+the plan (placement/converge.py). Speeds are taken as measured only when they really changed
+(placement/steady.py); copies that came or went lately are left alone (placement/dwell.py); with an
+autoscaler it also asks for groups and drains them (placement/elastic.py). The controller actor
+executes; the simulator does the same with a fake fleet.
 """
 
 from __future__ import annotations
@@ -13,15 +15,22 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from placement.actions import Action, Snapshot
-from placement.converge import Converger, no_host
+from placement.autoscale import Autoscaler
+from placement.complete import complete
+from placement.converge import Converger
+from placement.dwell import Dwell, Held
+from placement.elastic import Elastic
 from placement.errors import PlacementError
-from placement.explain import explain
-from placement.forecast import Forecaster
+from placement.explain import explain, reasons
+from placement.forecast import Forecast
 from placement.initial import place_at_start
+from placement.lent import Lent
+from placement.measure import Promise, Traffic
 from placement.plan import Plan, PlanConfig
 from placement.planner import loading_s, make_plan
-from placement.pour import host_lists, pour
-from placement.types import Bools, Fleet, Floats, Placement, check_load
+from placement.record import PlanRecord
+from placement.steady import SteadyFleet
+from placement.types import Bools, Fleet, Placement
 
 _PATIENCE = 10  # plans are replaced unfinished after so many times plan_every_s
 
@@ -32,7 +41,10 @@ class ReconcileConfig:
 
     plan_every_s   least time between two plans while the fleet is unchanged
     min_tokens     pairs a layer must have seen for a window to count
-    speed_change   relative change of a group's speed that calls for a plan at once
+    speed_change   relative change of a group's speed that calls for a plan at once; smaller ones,
+                   and single wild measurements, are taken for noise
+    dwell_s        a copy that came or went is left alone for so long, unless something is owed;
+                   None: twice plan_every_s
     live           False: never move for gain, only restore and drain (static placement)
     """
 
@@ -43,26 +55,48 @@ class ReconcileConfig:
     speed_change: float = 0.1
     live: bool = True
     loads_per_group: int = 4
+    dwell_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.speed_change < 1:
+            raise PlacementError(f"speed_change is {self.speed_change}; give a part, e.g. 0.1")
+        if self.dwell_s is not None and not self.dwell_s >= 0:
+            raise PlacementError(f"dwell_s is {self.dwell_s}; give seconds, 0 or more")
 
 
 class Reconciler:
     """Keeps a fleet on its plan. One per controller; `term` must exceed any earlier one's."""
 
-    def __init__(self, *, config: ReconcileConfig | None = None, term: int = 1) -> None:
+    def __init__(
+        self,
+        *,
+        config: ReconcileConfig | None = None,
+        term: int = 1,
+        autoscaler: Autoscaler | None = None,
+    ) -> None:
+        """autoscaler: also decide how many groups there are; None: the fleet is given."""
         self.config = config or ReconcileConfig()
         self.converger = Converger(term=term, loads_per_group=self.config.loads_per_group)
         self.plan: Plan | None = None
         self.events: deque[str] = deque(maxlen=200)  # sentences, newest last
-        self.caution = 1.0  # the margin's factor: doubled when plans promised too much
-        self._forecaster: Forecaster | None = None
+        self.records: deque[PlanRecord] = deque(maxlen=100)  # newest last
+        dwell_s = self.config.dwell_s
+        self._dwell = Dwell(2 * self.config.plan_every_s if dwell_s is None else dwell_s)
+        self._steady = SteadyFleet(self.config.speed_change)
+        self._elastic = None if autoscaler is None else Elastic(autoscaler)
+        self._traffic: Traffic | None = None
+        self._promise = Promise()
+        self._lent = Lent()
         self._target: Placement | None = None
         self._fleet: Fleet | None = None
         self._draining: frozenset[str] = frozenset()
         self._tried_s = -np.inf
-        self._pending = np.zeros(0)  # counts of a window still too small
-        self._pending_s = 0.0
         self._unused = False  # a window came in since the last plan
-        self._check: tuple[Placement, Placement, float] | None = None
+
+    @property
+    def caution(self) -> float:
+        """The margin's factor: above 1 when plans promised more than they brought."""
+        return self._promise.caution
 
     @property
     def target(self) -> Placement | None:
@@ -76,94 +110,77 @@ class Reconciler:
 
     def step(self, snapshot: Snapshot, now: float) -> list[Action]:
         """The next actions. The same snapshot twice gives the same actions."""
+        snapshot = replace(snapshot, fleet=self._steady.follow(snapshot.fleet))
         fresh = self._measure(snapshot)
-        changed = self._follow_fleet(snapshot)
+        trigger = self._follow_fleet(snapshot)
         waited = now - self._tried_s
         due = fresh and self.config.live and waited >= self.config.plan_every_s
         if due and self._target is not None and waited < _PATIENCE * self.config.plan_every_s:
             # a plan still being carried out is not yet to be judged, nor replaced
             due = not bool((self._target.resident & ~snapshot.ready).any())
-        if self._target is None or changed or due:
-            self._replan(snapshot, now, changed)
+        if self._target is None or trigger or due:
+            self._replan(snapshot, now, trigger)
         if self._target is None:
             return []
-        return self.converger.step(snapshot, self._target, now)
-
-    # -- measuring ---------------------------------------------------------------------------
+        actions = self.converger.step(snapshot, self._target, now)
+        if self._elastic is not None and self._traffic is not None:
+            more, said = self._elastic.step(snapshot, self._target, self._traffic.rate, now)
+            actions += more
+            if said:
+                self.events.append(said)
+        return actions
 
     def _measure(self, snapshot: Snapshot) -> bool:
         """Take in counts; True when a whole window is known that no plan has used."""
         layers, experts, _ = snapshot.ready.shape
-        if self._forecaster is None:
-            self._forecaster = Forecaster(layers, experts)
-            self._pending = np.zeros((layers, experts))
+        if self._traffic is None:
+            self._traffic = Traffic(layers, experts, self.config.min_tokens)
         if snapshot.counts is not None and snapshot.window_s > 0:
-            self._pending += check_load(snapshot.counts, layers)
-            self._pending_s += snapshot.window_s
-        if self._pending.sum(1).max() < self.config.min_tokens:
-            return self._unused
-        rate = self._pending / self._pending_s
-        self._forecaster.update(rate)
-        self._compare(snapshot.fleet, rate)
-        self._pending = np.zeros((layers, experts))
-        self._pending_s = 0.0
-        self._unused = True
-        return True
-
-    def _compare(self, fleet: Fleet, rate: Floats) -> None:
-        """Did the last plan bring what it promised? If less than half, be more cautious."""
-        if self._check is None:
-            return
-        before, after, promised = self._check
-        self._check = None
-        groups = len(fleet.groups)
-        if before.resident.shape[2] != groups or after.resident.shape[2] != groups:
-            return
-        was, now = (_time(p.resident, rate, fleet) for p in (before, after))
-        realised = (was - now) / max(was, 1e-300)
-        self.caution = (
-            min(self.caution * 2, 16.0) if realised < promised / 2 else max(self.caution / 1.5, 1.0)
-        )
-        self.events.append(
-            f"the plan promised {promised:.1%} less time and brought {realised:.1%}; "
-            f"margin x {self.caution:.2g}"
-        )
+            window = self._traffic.add(snapshot.counts, snapshot.window_s)
+            if window is not None:
+                self._unused = True
+                kept = self._promise.compare(snapshot.fleet, window)
+                if kept is not None:
+                    self.records[-1].realised = kept.realised
+                    self.events.append(kept.sentence())
+        return self._unused
 
     # -- planning ----------------------------------------------------------------------------
 
-    def _follow_fleet(self, snapshot: Snapshot) -> bool:
-        """Map the target onto the groups that live now; True when that calls for a plan."""
+    def _follow_fleet(self, snapshot: Snapshot) -> str:
+        """Map the target onto the groups that live now; what calls for a plan, or nothing."""
         new, old = snapshot.fleet, self._fleet
-        drained = snapshot.draining != self._draining
+        drained = "drain" if snapshot.draining != self._draining else ""
         self._draining = snapshot.draining
         if old is None or self._target is None:
             self._fleet = new
-            return True
+            return "start"
         if new is old:
             return drained
         if new.ids != old.ids:
             gone = sorted(set(old.ids) - set(new.ids))
             came = sorted(set(new.ids) - set(old.ids))
             self.events.append(f"groups gone: {gone or 'none'}, new: {came or 'none'}")
-            self._target = regroup(self._target, old.ids, new.ids)
+            self._lent.lost(self._target, old.ids, [g for g in gone if g not in self._draining])
+            self._target = self._lent.give_back(regroup(self._target, old.ids, new.ids), new.ids)
             self.converger.new_target()
             self._fleet = new
-            return True
-        slower = np.abs(new.pair_rate / old.pair_rate - 1) > self.config.speed_change
+            return "groups"
+        self._fleet = new
+        other = ~np.isclose(new.pair_rate, old.pair_rate)
         memory = [g.memory_bytes for g in new.groups] != [g.memory_bytes for g in old.groups]
-        if slower.any() or memory:
-            names = [new.ids[g] for g in np.flatnonzero(slower)]
+        if other.any() or memory:
+            names = [new.ids[g] for g in np.flatnonzero(other)]
             self.events.append(f"speed changed: {names}" if names else "memory changed")
-            self._fleet = new
-            return True
+            return "speed" if names else "memory"
         return drained
 
-    def _replan(self, snapshot: Snapshot, now: float, changed: bool) -> None:
+    def _replan(self, snapshot: Snapshot, now: float, trigger: str) -> None:
         fleet, config = snapshot.fleet, self.config
         self._tried_s = now
         self._unused = False
-        assert self._forecaster is not None
-        forecast = self._forecaster.forecast()
+        assert self._traffic is not None
+        forecast = self._traffic.forecaster.forecast()
         staying = np.array([g not in snapshot.draining for g in fleet.ids])
         if self._target is None:
             if snapshot.ready.any():
@@ -171,38 +188,101 @@ class Reconciler:
             elif not forecast.load.any():
                 self._target = place_at_start(fleet, experts=snapshot.ready.shape[1])
                 return
+        if trigger == "groups" and not forecast.load.any():
+            forecast = _uniform(fleet, snapshot.ready.shape[1])  # so that a new group gets its part
         idle = not config.live or not forecast.load.any()
         limits = replace(config.plan, margin=config.plan.margin * self.caution)
         if idle:
             limits = replace(limits, rounds=0)  # only what is owed
-        mode = "delta" if (idle or changed) and self._target is not None else config.mode
-        try:
-            plan = make_plan(forecast, fleet, self._target, limits, mode, staying)
-        except PlacementError as error:
-            # too little memory for one of each: keep what there is, say so, go on
-            sentence = f"no plan: {error}"
-            if sentence not in self.events:
-                self.events.append(sentence)
-            if self._target is None:
-                raise
-            return
-        self._adopt_plan(plan, fleet)
+        mode = "delta" if (idle or trigger) and self._target is not None else config.mode
+        shape = (*snapshot.ready.shape[:2], len(fleet.groups))
+        dwelling = self._dwell.held(shape, fleet.ids, now)
+        plan = self._plan(forecast, fleet, limits, mode, staying, dwelling)
+        if plan is not None:
+            self._adopt_plan(plan, fleet, now, trigger or "load")
+        elif self._target is not None:
+            self._fill(forecast, fleet, staying)
 
-    def _adopt_plan(self, plan: Plan, fleet: Fleet) -> None:
+    def _plan(
+        self,
+        forecast: Forecast,
+        fleet: Fleet,
+        limits: PlanConfig,
+        mode: str,
+        staying: Bools,
+        dwelling: Held | None,
+    ) -> Plan | None:
+        """The plan, or one that survives less, or None: too little memory for one of each."""
+        for survive in dict.fromkeys((fleet.survive, "none")):
+            try:
+                asked = replace(fleet, survive=survive)
+                return make_plan(forecast, asked, self._target, limits, mode, staying, dwelling)
+            except PlacementError as error:
+                sentence = f"no plan: {error}"
+                if sentence not in self.events:
+                    self.events.append(sentence)
+                if self._target is None and survive == "none":
+                    raise
+        return None
+
+    def _fill(self, forecast: Forecast, fleet: Fleet, staying: Bools) -> None:
+        """Keep what there is; what has no home goes where there is room, reserves included."""
+        assert self._target is not None
+        load = forecast.load if forecast.load.any() else None
+        held = self._target.resident
+        filled = complete(fleet, held, load, use_reserve=True, staying=staying)
+        added = filled.resident & ~held
+        for layer, expert, group in np.argwhere(added).tolist():
+            self._lent.restored(layer, expert, fleet.ids[group])
+        if added.any():
+            share = np.where(held.any(2, keepdims=True), self._target.share, filled.share)
+            self._target = Placement(resident=filled.resident, share=share)
+            self.converger.new_target()
+            self.events.append(f"{int(added.sum())} experts restored, reserves included")
+
+    def _adopt_plan(self, plan: Plan, fleet: Fleet, now: float, trigger: str) -> None:
         old = self._target
         self.plan = plan
+        if old is not None:
+            self._dwell.note(old, plan.placement, fleet.ids, now)
+        promised = None
         if plan.mode != "keep" and old is not None and plan.changes:
-            promised = (plan.before_s - plan.after_s) / max(plan.before_s, 1e-300)
-            if np.isfinite(promised):
-                self._check = (old, plan.placement, promised)
+            part = (plan.before_s - plan.after_s) / max(plan.before_s, 1e-300)
+            if np.isfinite(part):
+                promised = float(part)
+                self._promise.given(old, plan.placement, promised)
         if plan.mode != "keep":
-            self.events.append(
-                f"{plan.mode} plan: {int(plan.loads.sum())} loads, {int(plan.drops.sum())} drops, "
-                f"{loading_s(plan, fleet):.2f} s of loading"
-            )
-            self.events.extend(explain(plan, fleet, most=5))
+            self._note(plan, fleet, now, trigger, promised)
             self.converger.new_target()
+        for owed in plan.owed:
+            if owed.kind == "restore":
+                self._lent.restored(owed.layer, owed.expert, fleet.ids[owed.group])
+        if plan.changes:
+            self._lent.planned()
         self._target = plan.placement
+
+    def _note(
+        self, plan: Plan, fleet: Fleet, now: float, trigger: str, promised: float | None
+    ) -> None:
+        took_s = loading_s(plan, fleet)
+        record = PlanRecord(
+            at_s=now,
+            trigger=trigger,
+            mode=plan.mode,
+            loads=int(plan.loads.sum()),
+            drops=int(plan.drops.sum()),
+            loaded_bytes=plan.loaded_bytes,
+            loading_s=took_s,
+            promised=promised,
+            reasons=tuple(explain(plan, fleet, most=20)),
+        )
+        self.records.append(record)
+        self.converger.reasons = reasons(plan, fleet)
+        self.events.append(
+            f"{plan.mode} plan: {record.loads} loads, {record.drops} drops, "
+            f"{took_s:.2f} s of loading"
+        )
+        self.events.extend(record.reasons[:5])
 
 
 def regroup(placement: Placement, old: tuple[str, ...], new: tuple[str, ...]) -> Placement:
@@ -221,19 +301,17 @@ def regroup(placement: Placement, old: tuple[str, ...], new: tuple[str, ...]) ->
     return Placement(resident=resident, share=share)
 
 
+def _uniform(fleet: Fleet, experts: int) -> Forecast:
+    """Every expert equally busy, the fleet half busy: what to plan for before any traffic."""
+    present = fleet.present(experts)
+    each = 0.5 * float(fleet.pair_rate.sum()) / float(present.sum())
+    load = np.where(present, each, 0.0)
+    return Forecast(load=load, scenarios=load[None], spread=np.zeros_like(load))
+
+
 def _observed(snapshot: Snapshot) -> Placement:
     """What is ready now, as a placement."""
     resident: Bools = snapshot.ready.copy()
     share = resident * snapshot.fleet.pair_rate
     share = share / np.maximum(share.sum(2, keepdims=True), 1e-300)
     return Placement(resident=resident, share=share)
-
-
-def _time(resident: Bools, rate: Floats, fleet: Fleet) -> float:
-    """Slowest group's time summed over layers, per-batch split, for pairs/s [L, E]."""
-    if no_host(resident).any():
-        return float("inf")
-    hosts, copies = host_lists(resident)
-    base = np.zeros(len(fleet.groups))
-    level = pour(rate[:, None, :], hosts, copies, fleet.pair_rate, base).level
-    return float(level.max(2).sum())

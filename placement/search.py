@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from placement.dwell import Held
 from placement.gains import Gains
 from placement.pour import Poured, host_lists, merge, pour
 from placement.score import layer_score, powered
@@ -71,6 +72,7 @@ class Searcher:
     margin    least gain of an action over its price, as a part of the layer's time
     byte_limit  most bytes loaded in all; pool: most bytes by which the layout may grow
     node      int [G], given when a second replica shall rather be on another node
+    held      copies that may not go, or not come back, yet
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class Searcher:
         byte_limit: float = np.inf,
         pool: float = np.inf,
         node: Ints | None = None,
+        held: Held | None = None,
     ) -> None:
         self.load, self.resident, self.allowed = load, resident, allowed
         self.room, self.size, self.rate, self.base = room, size, rate, base
@@ -103,7 +106,8 @@ class Searcher:
         # a group holds about so many experts of a layer: no need to look at more
         slots = float(resident.sum()) / max(self.layers * self.groups, 1)
         self._depth = int(min(_EXPERTS, np.ceil(1.5 * slots) + 2, self.experts))
-        self._tabu = np.zeros(resident.shape, np.bool_)
+        self._held = held
+        self._tabu = np.zeros(resident.shape, np.bool_) if held is None else held.barred.copy()
         self._fails = np.zeros(self.layers, np.int64)
 
     def run(self, rounds: int) -> None:
@@ -239,6 +243,13 @@ class Searcher:
         can &= self.allowed[target][:, None, :, None] & self.allowed[source][:, None, None, None]
         tabu = self._tabu[live[:, None, None], expert[:, :, None], target[:, None, :]]
         can = can & ~tabu[..., None] & (amount.mean(2) > 0)[:, :, None, None]
+        if self._held is not None:
+            pinned, barred = self._held.pinned[live], self._held.barred[live]
+            rows = np.arange(len(live))[:, None]
+            can &= ~pinned[rows, expert, source[:, None]][:, :, None, None]
+            stuck = pinned[rows[:, :, None], partner, target[:, :, None]]
+            stuck |= barred[rows[:, :, None], partner, source[:, None, None]]
+            can &= ~stuck[:, None]
         net = np.where(can, gain - price[:, None, :, None], -np.inf)
         return net, price, partner
 
@@ -306,6 +317,8 @@ class Searcher:
                 continue
             if not self.resident[layer, expert, group] or self._copies[layer, expert] < 2:
                 continue  # the list is a few rounds old
+            if self._stays(layer, expert, group):
+                continue
             freed = int(self.size[layer])
             if room + (freed if group == p.target else 0) < size or pool + freed < size:
                 continue
@@ -314,8 +327,12 @@ class Searcher:
             p.evicts = (layer, expert, group)
             used.add(i)
             return
-        if room >= size and self._copies[p.layer, p.expert] == 1:
+        alone = self._copies[p.layer, p.expert] == 1
+        if room >= size and alone and not self._stays(p.layer, p.expert, p.source):
             p.evicts = (p.layer, p.expert, p.source)
+
+    def _stays(self, layer: int, expert: int, group: int) -> bool:
+        return self._held is not None and bool(self._held.pinned[layer, expert, group])
 
     def _reject(self, p: _Proposal) -> None:
         self._tabu[p.layer, p.expert, p.target] = True

@@ -22,6 +22,9 @@ from placement.split import TableSplit
 from placement.types import Fleet, Floats, check_load
 
 
+_LOOKS = 3  # snapshots before a window's load comes in: enough to believe a changed speed
+
+
 @dataclass(frozen=True, kw_only=True)
 class Event:
     """Something happens to a group at the start of a window: "lose", "drain", "slow", "join"."""
@@ -108,6 +111,8 @@ def simulate(
         for event in events:
             if event.window == w:
                 _happen(fake, event, spare, report)
+        for _ in range(_LOOKS):  # a controller looks far more often than loads change
+            fake.execute(mind.step(fake.snapshot(), now), now)
         # the plan knows the windows before this one; what it loads is there after a while
         _settle(mind, fake, now, now, counted, window_s, pace_s)
         early = _serve(fake, window, batches)

@@ -1,0 +1,75 @@
+"""The autoscaler's decisions as actions, asked for again until a snapshot shows them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from placement.actions import Action, Drain, Snapshot, Spawn
+from placement.autoscale import Autoscaler, group_of
+from placement.measure import slowest_s
+from placement.types import Fleet, Floats, GroupSpec, Placement
+
+
+class Elastic:
+    """Turns decisions into Spawn and Drain. Only ever asks; what is, the snapshot says."""
+
+    def __init__(self, autoscaler: Autoscaler) -> None:
+        self.autoscaler = autoscaler
+        self._kinds = {kind.name: kind for kind in autoscaler.kinds}
+        self._spawns: dict[str, Spawn] = {}  # asked for, not seen yet
+        self._drains: dict[str, Drain] = {}
+        self._numbers: dict[str, int] = {}  # the last number given to a group of a kind
+
+    def step(
+        self, snapshot: Snapshot, target: Placement, rate: Floats, now: float
+    ) -> tuple[list[Action], str | None]:
+        """Spawns and drains, and a sentence when something was decided.
+
+        target  in the order of the snapshot's groups; rate float64 [L, E] pairs/s of traffic
+        """
+        known = {*snapshot.fleet.ids, *(g.id for g in snapshot.starting)}
+        self._spawns = {i: s for i, s in self._spawns.items() if i not in known}
+        living = set(snapshot.fleet.ids) - snapshot.draining
+        self._drains = {i: d for i, d in self._drains.items() if i in living}
+        coming = [*snapshot.starting, *(self._spec(s) for s in self._spawns.values())]
+        fleet = replace(snapshot.fleet, groups=(*snapshot.fleet.groups, *coming))
+        decision = self.autoscaler.step(
+            fleet,
+            rate,
+            target,
+            now,
+            balancedness=_balancedness(target, rate, snapshot.fleet),
+            queue_s=snapshot.queue_s,
+            draining=snapshot.draining | set(self._drains),
+        )
+        for kind, count in decision.add:
+            for _ in range(count):
+                spawn = Spawn(group=self._name(kind, known), kind=kind, why=decision.why)
+                self._spawns[spawn.group] = spawn
+        for group in decision.retire:
+            self._drains[group] = Drain(group=group, why=decision.why)
+        said = decision.why if decision.add or decision.retire else None
+        return [*self._spawns.values(), *self._drains.values()], said
+
+    def _name(self, kind: str, known: set[str]) -> str:
+        """A new id: never one that was given before, so that Spawn can be repeated safely."""
+        number = self._numbers.get(kind, -1) + 1
+        while f"{kind}-{number}" in known:
+            number += 1
+        self._numbers[kind] = number
+        return f"{kind}-{number}"
+
+    def _spec(self, spawn: Spawn) -> GroupSpec:
+        return group_of(self._kinds[spawn.kind], spawn.group)
+
+
+def _balancedness(target: Placement, rate: Floats, fleet: Fleet) -> float:
+    """What part of the fleet's rate the placement makes use of, 0..1."""
+    total = float(rate.sum())
+    if total <= 0:
+        return 1.0
+    level = total / float(fleet.pair_rate.sum())
+    slowest = slowest_s(target.resident, rate, fleet)
+    return min(level / slowest, 1.0) if np.isfinite(slowest) and slowest > 0 else 1.0
