@@ -21,7 +21,10 @@ from raymoe.config import DeploymentConfig, read_secret
 from raymoe.control import ControlClient
 from raymoe.engine.config import EngineConfig
 from raymoe.engine.engine import Engine
+from raymoe.engine.facts import eos_ids
 from raymoe.errors import RouterUnavailable
+from raymoe.gateway.tokenizer import GatewayTokenizer
+from raymoe.grammar.state import LateGrammars
 from raymoe.identity import identity_of
 from raymoe.requests import GenerationRequest
 from raymoe.stream.messages import ModelInfo
@@ -63,6 +66,7 @@ class Router:
         self._control.start()
         self._await_table(self._config.placement.load_timeout_s)
         model: Any = load_dense(spec, self._experts)
+        vocab = model.config.get_text_config().vocab_size
         self._engine = Engine(
             model,
             self._experts,
@@ -75,6 +79,9 @@ class Router:
                 max_waiting=settings.max_waiting,
                 stall_end_s=plane.stall_limit_s,
             ),
+            grammars=LateGrammars(
+                lambda: GatewayTokenizer.load(spec.path).grammar_start(vocab, eos_ids(model))
+            ),
         )
         self._work = threading.Event()
         self._stopping = threading.Event()
@@ -83,7 +90,7 @@ class Router:
             router_id=self.router_id,
             model=ModelInfo(
                 name=self._config.served_model_name,
-                vocab=model.config.get_text_config().vocab_size,
+                vocab=vocab,
                 context_tokens=self._engine.max_context,
                 kv_capacity_tokens=self._engine.pool.capacity_tokens,
                 eos_ids=tuple(sorted(self._engine.eos_ids)),

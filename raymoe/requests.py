@@ -38,6 +38,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None  # None: off; n: the sampled token and the n likeliest
     prompt_logprobs: int | None = None
+    grammar: str | None = None  # what the output must follow; raymoe.grammar.build makes the text
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,7 @@ ALLOWED = {
             "raymoe/engine": {"transformers"},
             "raymoe/gateway": {"transformers", "tokenizers", "fastapi", "starlette", "jinja2"},
             "raymoe/cli.py": {"actors", "serve_app"},  # the command line reaches up to everything
+            "raymoe/grammar": {"llguidance"},
             "raymoe/plot_plan.py": {"matplotlib"},
         },
     ),

@@ -29,6 +29,7 @@ from raymoe.engine.seam import Experts
 from raymoe.engine.sequence import Sequence, start_sequence
 from raymoe.engine.stats import EngineStats
 from raymoe.errors import ExpertsUnavailable, Overloaded, RequestError
+from raymoe.grammar.state import GrammarStart, GrammarState
 from raymoe.requests import (
     ErrorKind,
     FinishReason,
@@ -49,9 +50,17 @@ class Engine:
     """
 
     def __init__(
-        self, model: Any, experts: Experts | None = None, config: EngineConfig | None = None
+        self,
+        model: Any,
+        experts: Experts | None = None,
+        config: EngineConfig | None = None,
+        *,
+        grammars: GrammarStart | None = None,
     ) -> None:
+        """grammars: how an output that follows a grammar begins; None: such requests are refused"""
         self.config = config or EngineConfig()
+        self._grammars = grammars
+        self._grammar_of: dict[str, GrammarState] = {}  # of requests in the inbox
         self.eos_ids = eos_ids(model)
         self._model = runnable(model, experts, self.config)
         self.pool = self._model.pool
@@ -85,13 +94,23 @@ class Engine:
                 f"of which at least 1 must be left for output",
                 "prompt",
             )
+        grammar = self._start_grammar(request)
         with self._lock:
             if request.request_id in self._known:
                 raise RequestError(f"request {request.request_id} is running already", "request_id")
             if len(self._known) >= self.config.max_waiting + self.config.max_batch:
                 raise Overloaded(f"{len(self._known)} requests are running or waiting")
             self._known.add(request.request_id)
+            if grammar is not None:
+                self._grammar_of[request.request_id] = grammar
             self._inbox.append(request)
+
+    def _start_grammar(self, request: GenerationRequest) -> GrammarState | None:
+        if request.sampling.grammar is None:
+            return None
+        if self._grammars is None:
+            raise RequestError("this router follows no grammars", "response_format")
+        return self._grammars(request.sampling.grammar, request.output_ids)
 
     def cancel(self, request_id: str) -> None:
         """End a request at the next step; unknown and ended ones are ignored."""
@@ -162,6 +181,7 @@ class Engine:
                     events.append(self._end(sequence, finish="cancelled"))
                 continue
             sequence = start_sequence(item, self._arrivals)
+            sequence.grammar = self._grammar_of.pop(item.request_id, None)
             self._arrivals += 1
             self._sequences[item.request_id] = sequence
             self._scheduler.add(sequence)
@@ -213,6 +233,10 @@ class Engine:
 
     def _append(self, sequence: Sequence, token: int, logprob: TokenLogprobs | None) -> TokenEvent:
         sequence.tokens.append(token)
+        if sequence.grammar is not None:
+            sequence.grammar.take((token,))
+            if (error := sequence.grammar.error) is not None:
+                return self._end(sequence, error=f"the output's grammar broke off: {error}")
         finish = end_of(sequence, self.eos_ids, self.max_context)
         if finish is not None:
             self._forget(sequence)

@@ -104,6 +104,7 @@ def take_tokens(
                 tokens=one.tokens,
                 prompt_tokens=one.prompt_tokens,
                 banned=banned(one, eos_ids),
+                allowed=None if one.grammar is None else one.grammar.allowed(),
             )
             for one in sequences
         ],
@@ -133,6 +134,8 @@ def banned(sequence: Sequence, eos_ids: frozenset[int]) -> tuple[int, ...]:
 def end_of(sequence: Sequence, eos_ids: frozenset[int], max_context: int) -> FinishReason | None:
     """Whether the last token was the request's last; a stop token is part of the output."""
     if sequence.output_tokens and sequence.tokens[-1] in stop_ids(sequence, eos_ids):
+        return "stop"
+    if sequence.grammar is not None and sequence.grammar.ended:
         return "stop"
     if sequence.output_tokens >= sequence.sampling.max_tokens:
         return "length"

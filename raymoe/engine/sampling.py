@@ -1,7 +1,8 @@
 """Logits to tokens: every option of `SamplingParams`, for a whole step at once.
 
-The order is: logit_bias, min_tokens, repetition, frequency and presence penalties; then greedy,
-or temperature, top_k, top_p, min_p, typical_p (each on what the one before left) and one draw.
+The order is: logit_bias, min_tokens and grammar, repetition, frequency and presence penalties; then
+greedy, or temperature, top_k, top_p, min_p, typical_p (each on what the one before left) and one
+draw.
 A draw takes one uniform number through the inverse of the cumulative distribution in token order,
 so that neither the other requests of the step nor how a filter was computed can change it.
 """
@@ -30,6 +31,7 @@ class Draw:
     tokens: Rows[int]  # prompt then output
     prompt_tokens: int
     banned: tuple[int, ...] = ()
+    allowed: Tensor | None = None  # bool [V]: what the output's grammar lets come next
 
 
 def pick(logits: Tensor, draws: Rows[Draw]) -> list[int]:
@@ -60,8 +62,7 @@ def shape(logits: Tensor, draw: Draw) -> None:
     if params.logit_bias:
         ids, biases = zip(*params.logit_bias, strict=True)
         logits.index_add_(0, _ids(ids, logits), logits.new_tensor(biases))
-    if draw.banned:
-        logits[_ids(draw.banned, logits)] = float("-inf")
+    _forbid(logits, draw)
     if params.repetition_penalty != 1.0:
         seen = _ids(sorted(set(draw.tokens)), logits)
         values = logits[seen]
@@ -73,6 +74,20 @@ def shape(logits: Tensor, draw: Draw) -> None:
             repeated = logits.new_tensor(list(counts.values()))
             cost = params.frequency_penalty * repeated + params.presence_penalty
             logits.index_add_(0, _ids(list(counts), logits), -cost)
+
+
+def _forbid(logits: Tensor, draw: Draw) -> None:
+    """Banned tokens and those outside the grammar, which has the last word when none is left."""
+    if draw.allowed is None:
+        if draw.banned:
+            logits[_ids(draw.banned, logits)] = float("-inf")
+        return
+    allowed = draw.allowed.to(logits.device)
+    if draw.banned:
+        fewer = allowed.clone()
+        fewer[_ids(draw.banned, logits)] = False
+        allowed = fewer if bool(fewer.any()) else allowed
+    logits.masked_fill_(~allowed, float("-inf"))
 
 
 def sample(logits: Tensor, draws: Rows[Draw]) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from raymoe.grammar.state import GrammarState
 from raymoe.requests import GenerationRequest, SamplingParams, TokenLogprobs
 
 
@@ -26,6 +27,7 @@ class Sequence:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs_sent: bool = False
     stalled_since: float | None = None  # monotonic s of the first failed try since a success
+    grammar: GrammarState | None = None  # has taken every output token
     plain_greedy: bool = False  # nothing but the likeliest token is wanted of each step
 
     @property
@@ -65,5 +67,6 @@ def start_sequence(request: GenerationRequest, arrival: int) -> Sequence:
             and sampling.repetition_penalty == 1.0
             and sampling.frequency_penalty == sampling.presence_penalty == 0
             and sampling.logprobs is None
+            and sampling.grammar is None
         ),
     )

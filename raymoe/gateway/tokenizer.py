@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from raymoe.errors import CheckpointError, RequestError
@@ -13,6 +13,7 @@ from raymoe.gateway.detokenize import (
     Detokenizer,
     WindowDetokenizer,
 )
+from raymoe.grammar.state import GrammarStart, grammar_start
 
 _CONTEXT_TOKENS = 6  # of the prompt, enough for any decoder's view to the left
 
@@ -42,6 +43,15 @@ class GatewayTokenizer:
         except (OSError, ValueError, KeyError, ImportError) as error:
             first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise CheckpointError(f"{path} has no tokenizer that loads: {first_line}") from error
+
+    def grammar_start(self, vocab: int, eos_ids: Iterable[int]) -> GrammarStart:
+        """How outputs that follow a grammar begin, for logits [V = `vocab`].
+
+        Raises CheckpointError for a tokenizer that is not of the `tokenizers` library.
+        """
+        if self._backend is None:
+            raise CheckpointError("it is not one of the tokenizers library")
+        return grammar_start(self._backend, vocab, eos_ids)
 
     @property
     def has_chat_template(self) -> bool:

@@ -211,6 +211,8 @@ def _sampling_from_map(values: dict[str, Any]) -> SamplingParams:
         values["stop_token_ids"] = _ids(values["stop_token_ids"])
     if "logit_bias" in values:
         values["logit_bias"] = tuple((int(i), float(b)) for i, b in values["logit_bias"])
+    if not isinstance(values.get("grammar"), str | None):
+        raise FrameError("a grammar must be a string")
     return SamplingParams(**values)
 
 
