@@ -11,8 +11,8 @@ from typing import Any
 import ray
 from ray import serve
 
+from actors.quiet import quiet_serve
 from actors.say import base_url, last_sentence, lasting_error, say
-from actors.take_down import quiet_serve
 from raymoe.config import DeploymentConfig
 from raymoe.errors import ConfigError
 

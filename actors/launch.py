@@ -19,6 +19,7 @@ from actors.controller import ensure_controller, reason
 from actors.deploy import deploy, follow
 from actors.leftovers import remove_leftovers
 from actors.local import LocalRay, check_port_free
+from actors.quiet import quiet_errors
 from actors.say import announce, say
 from actors.spawn import controller_name, names_alive
 from actors.take_down import drain, end_actors, leave_cluster, within
@@ -175,6 +176,7 @@ class _BringUp(threading.Thread):
             raise _Stopped
 
     def _start_ray(self) -> None:
+        quiet_errors()
         if self._config.ray.address is None:
             self._local = LocalRay(self._config.ray)
             self._config = _with_secret(self._config, self._local.folder)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import ray
 from ray import serve
 
+from actors.quiet import quiet_serve
 from actors.say import base_url
 from actors.spawn import controller_name, deployment_prefix, find, names_alive
 from raymoe.config import DeploymentConfig
@@ -91,15 +91,3 @@ def _await_app_gone(name: str) -> None:
     deadline = time.monotonic() + _APP_GONE_S
     while name in serve.status().applications and time.monotonic() < deadline:
         time.sleep(_POLL_S)
-
-
-@contextlib.contextmanager
-def quiet_serve() -> Iterator[None]:
-    """Ray Serve logs a dozen lines a start through its own logger; ours say enough."""
-    logger = logging.getLogger("ray.serve")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

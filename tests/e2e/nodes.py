@@ -56,12 +56,7 @@ class Nodes:
     def __enter__(self) -> Nodes:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         tree = psutil.Process(self._process.pid).children(recursive=True)
         try:
             self._process.communicate(timeout=30)
