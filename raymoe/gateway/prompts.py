@@ -119,6 +119,7 @@ def make_choices(
     per_prompt: int,
     logprobs: int | None,
     prompt_logprobs: int | None,
+    grammar: str | None,
 ) -> list[Choice]:
     """`per_prompt` choices of each prompt, in order; all under one seed."""
     seed = draw_seed(body.seed)
@@ -138,6 +139,7 @@ def make_choices(
                 seed=seed,
                 logprobs=logprobs,
                 prompt_logprobs=prompt_logprobs,
+                grammar=grammar,
             )
             index = len(choices)
             request = GenerationRequest(

@@ -13,6 +13,7 @@ from raymoe.gateway.answer import Answer
 from raymoe.gateway.backend import Backend
 from raymoe.gateway.choice import Choice, TokenEntry, prompt_entries
 from raymoe.gateway.errors import ApiError
+from raymoe.gateway.formats import forced_calls, output_grammar
 from raymoe.gateway.observe import GatewayMetrics
 from raymoe.gateway.prompts import Prompt, chat_prompt, completion_prompts, make_choices
 from raymoe.gateway.schemas import ChatBody, CompletionBody, SamplingBody
@@ -63,6 +64,7 @@ async def complete(serving: Serving, request: Request, body: CompletionBody) -> 
         per_prompt=per_prompt,
         logprobs=0 if best and logprobs is None else logprobs,
         prompt_logprobs=logprobs if body.echo else None,
+        grammar=await output_grammar(body, serving.tokenizer),
     )
     answer = _answer(serving, choices, prompts)
     echo = _Echo(serving.tokenizer, prompts, per_prompt, logprobs) if body.echo else None
@@ -87,7 +89,7 @@ async def chat(serving: Serving, request: Request, body: ChatBody) -> Response:
     serving.backend.admit(1)  # before the work of encoding
     model = await serving.backend.model_info()
     prompts = [await chat_prompt(body, model, serving.tokenizer)]
-    shape = Shape("chat", serving.model_name, serving.tokenizer)
+    shape = Shape("chat", serving.model_name, serving.tokenizer, forced_calls(body))
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     choices = _choices(
         serving,
@@ -98,6 +100,7 @@ async def chat(serving: Serving, request: Request, body: ChatBody) -> Response:
         per_prompt=body.n or 1,
         logprobs=logprobs,
         prompt_logprobs=None,
+        grammar=await output_grammar(body, serving.tokenizer),
     )
     answer = _answer(serving, choices, prompts)
     if body.stream:
@@ -122,6 +125,7 @@ def _choices(
     per_prompt: int,
     logprobs: int | None,
     prompt_logprobs: int | None,
+    grammar: str | None,
 ) -> list[Choice]:
     count = len(prompts) * per_prompt
     most = min(serving.max_choices, serving.backend.max_in_flight)
@@ -142,6 +146,7 @@ def _choices(
         per_prompt=per_prompt,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        grammar=grammar,
     )
 
 

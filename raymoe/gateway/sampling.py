@@ -103,6 +103,7 @@ def sampling_params(
     seed: int,
     logprobs: int | None,
     prompt_logprobs: int | None,
+    grammar: str | None,
 ) -> SamplingParams:
     """One choice's parameters; every default is OpenAI's."""
     if (body.min_tokens or 0) > max_tokens:
@@ -128,6 +129,7 @@ def sampling_params(
         stop_token_ids=tuple(body.stop_token_ids or ()),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        grammar=grammar,
     )
 
 

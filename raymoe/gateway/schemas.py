@@ -2,13 +2,15 @@
 
 A few OpenAI fields are accepted and have no effect, because clients send them as a matter of
 course and nothing in the answer depends on them: `user`, `metadata`, `store`, `service_tier`,
-`safety_identifier`, `prompt_cache_key`, `prompt_cache_retention`, and `parallel_tool_calls`.
+`safety_identifier`, `prompt_cache_key`, `prompt_cache_retention`, `prompt_cache_options`, and
+`parallel_tool_calls`.
 Fields that would change the answer and cannot be honoured are refused by name.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import json
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
@@ -78,15 +80,19 @@ def _refused(reason: str) -> BeforeValidator:
     return BeforeValidator(refuse)
 
 
-def _response_format(value: Any) -> Any:
-    if value is None or value == {"type": "text"}:
-        return None
-    kind = value.get("type") if isinstance(value, dict) else None
-    if kind in ("json_object", "json_schema"):
-        raise ValueError(f"the type {kind!r} is not supported, only 'text'")
-    raise ValueError("must be an object with the type 'text'")
+def _json_schema(value: Any) -> Any:
+    """A schema as an object, or as the text of one."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"is not JSON: {error}") from None
+    if value is not None and not isinstance(value, dict):
+        raise ValueError("must be a JSON schema: an object, or its text")
+    return value
 
 
+_STRING_OR_OBJECT = {"anyOf": [{"type": "string"}, {"type": "object"}, {"type": "null"}]}
 Stops = Annotated[tuple[str, ...], BeforeValidator(_stop), WithJsonSchema(_STRING_OR_STRINGS)]
 Ignored = Annotated[Any, Field(description="Accepted, has no effect.")]
 
@@ -99,6 +105,34 @@ class StreamOptions(Body):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
     include_obfuscation: Ignored = None
+
+
+class JsonSchema(Body):
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: Annotated[bool | None, Field(description="The schema always holds.")] = None
+
+
+class ResponseFormat(Body):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+Schema = Annotated[
+    dict[str, Any] | None, BeforeValidator(_json_schema), WithJsonSchema(_STRING_OR_OBJECT)
+]
+Choices = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=1024)]
+
+
+class StructuredOutputs(Body):
+    """vLLM's field; at most one of them."""
+
+    json_: Schema = Field(default=None, alias="json")
+    regex: str | None = None
+    choice: Choices | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
 
 
 class SamplingBody(Body):
@@ -132,11 +166,12 @@ class SamplingBody(Body):
     priority: int | None = Field(default=None, ge=-(2**31), le=2**31 - 1)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    response_format: Annotated[
-        None,
-        BeforeValidator(_response_format),
-        WithJsonSchema({"type": "object", "properties": {"type": {"enum": ["text"]}}}),
-    ] = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema = None
+    guided_regex: str | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: str | None = None
     user: Ignored = None
     metadata: Ignored = None
     store: Ignored = None
@@ -144,6 +179,16 @@ class SamplingBody(Body):
     safety_identifier: Ignored = None
     prompt_cache_key: Ignored = None
     prompt_cache_retention: Ignored = None
+    prompt_cache_options: Ignored = None
+    use_beam_search: Annotated[None, _refused("use 'best_of', which draws and ranks")] = None
+    length_penalty: Annotated[None, _refused("there is no beam search")] = None
+    bad_words: Annotated[None, _refused("use 'logit_bias' or 'guided_regex'")] = None
+    allowed_token_ids: Annotated[None, _refused("use 'logit_bias' or 'guided_choice'")] = None
+    logits_processors: Annotated[None, _refused("clients cannot bring code")] = None
+    prompt_logprobs: Annotated[None, _refused("use 'echo' with 'logprobs' in completions")] = None
+    truncate_prompt_tokens: Annotated[None, _refused("prompts are never cut")] = None
+    guided_whitespace_pattern: Annotated[None, _refused("it is [ \\n\\t]{0,32}")] = None
+    guided_decoding_backend: Annotated[None, _refused("there is one")] = None
 
 
 class CompletionBody(SamplingBody):
@@ -233,10 +278,45 @@ class ChatMessage(Body):
     function_call: Annotated[None, _refused("use 'tool_calls'")] = None
 
 
+_TOOL_CHOICE = {
+    "anyOf": [
+        {"enum": ["none", "auto", "required", None]},
+        {
+            "type": "object",
+            "properties": {
+                "type": {"const": "function"},
+                "function": {
+                    "type": "object",
+                    "properties": {"name": {"type": "string"}},
+                    "required": ["name"],
+                    "additionalProperties": False,
+                },
+            },
+            "required": ["type", "function"],
+            "additionalProperties": False,
+        },
+    ]
+}
+
+
+class NamedChoice(NamedTuple):
+    """The function that must be called."""
+
+    name: str
+
+
 def _tool_choice(value: Any) -> Any:
-    if value in (None, "none", "auto"):
+    if value in (None, "none", "auto", "required"):
         return value
-    raise ValueError("only 'none' and 'auto' are supported: a call cannot be forced")
+    if not isinstance(value, dict):
+        raise ValueError("must be 'none', 'auto', 'required' or an object that names a function")
+    kind, function = value.get("type"), value.get("function")
+    if kind != "function":
+        raise ValueError(f"the type {kind!r} is not supported, only 'function'")
+    name = function.get("name") if isinstance(function, dict) and len(function) == 1 else None
+    if not isinstance(name, str) or len(value) > 2:
+        raise ValueError('must look like {"type": "function", "function": {"name": "..."}}')
+    return NamedChoice(name)
 
 
 def _modalities(value: Any) -> Any:
@@ -252,9 +332,7 @@ class ChatBody(SamplingBody):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     tools: list[Tool] | None = None
-    tool_choice: Annotated[
-        str | None, BeforeValidator(_tool_choice), WithJsonSchema({"enum": ["none", "auto", None]})
-    ] = None
+    tool_choice: Annotated[Any, BeforeValidator(_tool_choice), WithJsonSchema(_TOOL_CHOICE)] = None
     parallel_tool_calls: Ignored = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -266,6 +344,10 @@ class ChatBody(SamplingBody):
     audio: Annotated[None, _refused("only text is")] = None
     functions: Annotated[None, _refused("use 'tools'")] = None
     function_call: Annotated[None, _refused("use 'tool_choice'")] = None
+    documents: Annotated[None, _refused("put their text into a message")] = None
+    chat_template: Annotated[None, _refused("the checkpoint's own is used")] = None
+    moderation: Annotated[None, _refused("nothing is moderated here")] = None
+    verbosity: Annotated[None, _refused("ask for it in a message")] = None
     prediction: Annotated[None, _refused("predicted outputs are not")] = None
     web_search_options: Annotated[None, _refused("there is no web search")] = None
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from json.encoder import encode_basestring_ascii
 from typing import Any, Literal
 
+from raymoe.gateway.calls import ForcedCalls
 from raymoe.gateway.choice import Choice, Delta, TokenEntry
 from raymoe.gateway.tokenizer import GatewayTokenizer
 
@@ -32,8 +33,16 @@ def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) ->
 class Shape:
     """One answer's fixed part, and the two forms of the rest."""
 
-    def __init__(self, kind: Kind, model: str, tokenizer: GatewayTokenizer) -> None:
+    def __init__(
+        self,
+        kind: Kind,
+        model: str,
+        tokenizer: GatewayTokenizer,
+        calls: ForcedCalls | None = None,
+    ) -> None:
+        """calls: the outputs are tool calls."""
         self.kind = kind
+        self.calls = calls
         prefix, self._object = {
             "completion": ("cmpl", "text_completion"),
             "chat": ("chatcmpl", "chat.completion"),
@@ -56,7 +65,9 @@ class Shape:
         """One choice of a whole answer. entries None: no log probabilities were asked for."""
         logprobs = None if entries is None else self.logprobs(entries)
         if self.kind == "chat":
-            message = {"role": "assistant", "content": text, "refusal": None}
+            message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+            if self.calls is not None:
+                message, finish = self.calls.message(text), self.calls.finish(finish)
             return {
                 "index": index,
                 "message": message,
@@ -87,6 +98,8 @@ class ChunkWriter:
         self._text_key = ',"delta":{"content":' if shape.kind == "chat" else ',"text":'
         self._text_end = "}" if shape.kind == "chat" else ""
         self._usage_mode = usage_mode
+        self._calls = shape.calls
+        self._unsaid: dict[int, list[TokenEntry]] = {}  # of chunks that said nothing of a call
         tail = "]}\n\n" if usage_mode == "none" else '],"usage":null}\n\n'
         self._tail = tail
         self._plain_tail = f'{self._text_end},"logprobs":null,"finish_reason":null}}{tail}'
@@ -108,15 +121,15 @@ class ChunkWriter:
         text, entries, finish = delta
         if not text and finish is None:
             return b""
+        if self._calls is not None:
+            return self._call_chunk(choice, delta, prompt_tokens, completion_tokens)
         start = self._starts.get(choice.index)
         if start is None:
             start = f"{self._before_index}{choice.index}{self._text_key}"
             self._starts[choice.index] = start
         if finish is None and not entries and self._usage_mode != "each":
             return (start + encode_basestring_ascii(text) + self._plain_tail).encode()
-        tail = self._tail
-        if self._usage_mode == "each":
-            tail = f'],"usage":{json.dumps(usage(prompt_tokens, completion_tokens))}}}\n\n'
+        tail = self._tail_with(prompt_tokens, completion_tokens)
         logprobs = json.dumps(self._shape.logprobs(entries)) if entries else "null"
         if not text and self._shape.kind == "chat":
             start = f'{self._before_index}{choice.index},"delta":{{'
@@ -127,6 +140,29 @@ class ChunkWriter:
         return (
             f'{start}{body}{self._text_end},"logprobs":{logprobs},"finish_reason":{reason}}}{tail}'
         ).encode()
+
+    def _call_chunk(
+        self, choice: Choice, delta: Delta, prompt_tokens: int, completion_tokens: int
+    ) -> bytes:
+        """The same of an output that is a tool call."""
+        assert self._calls is not None
+        text, entries, finish = delta
+        said = self._calls.delta(choice.index, text, finish is not None)
+        entries = [*self._unsaid.pop(choice.index, ()), *entries]
+        if not said and finish is None:
+            self._unsaid[choice.index] = entries
+            return b""
+        logprobs = json.dumps(self._shape.logprobs(entries)) if entries else "null"
+        reason = json.dumps(self._calls.finish(finish))
+        return (
+            f'{self._before_index}{choice.index},"delta":{json.dumps(said)},"logprobs":{logprobs},'
+            f'"finish_reason":{reason}}}{self._tail_with(prompt_tokens, completion_tokens)}'
+        ).encode()
+
+    def _tail_with(self, prompt_tokens: int, completion_tokens: int) -> str:
+        if self._usage_mode != "each":
+            return self._tail
+        return f'],"usage":{json.dumps(usage(prompt_tokens, completion_tokens))}}}\n\n'
 
     def raw_text(self, index: int, text: str, entries: Sequence[TokenEntry] | None) -> bytes:
         """A completion's echoed prompt."""

@@ -54,6 +54,11 @@ class GatewayTokenizer:
         return grammar_start(self._backend, vocab, eos_ids)
 
     @property
+    def follows_grammars(self) -> bool:
+        """Whether `grammar_start` can be had."""
+        return self._backend is not None
+
+    @property
     def has_chat_template(self) -> bool:
         return bool(self._hf.chat_template)
 

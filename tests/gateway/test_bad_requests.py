@@ -17,6 +17,7 @@ from tests.gateway.tiny_tokenizer import tiny_tokenizer
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 USER = {"role": "user", "content": "hi"}
 FUNCTION = {"type": "function", "function": {"name": "f"}}
+BAD_FUNCTION = {"type": "function", "function": {"name": "f", "parameters": {"type": "x"}}}
 
 # (field named, changes to a good body); status 400
 COMPLETION: list[tuple[str, dict[str, Any]]] = [
@@ -96,13 +97,39 @@ COMPLETION: list[tuple[str, dict[str, Any]]] = [
     ("stream_options", {"stream_options": {"include_usage": True}, "stream": False}),
     ("stream_options.include_usage", {"stream_options": {"include_usage": 1}, "stream": True}),
     ("stream_options.usage", {"stream_options": {"usage": True}, "stream": True}),
-    ("response_format", {"response_format": {"type": "json_object"}}),
-    ("response_format", {"response_format": {"type": "json_schema", "json_schema": {}}}),
+    ("response_format.type", {"response_format": {"type": "structural_tag"}}),
+    ("response_format.json_schema", {"response_format": {"type": "json_schema"}}),
+    (
+        "response_format.json_schema.schema",
+        {"response_format": {"type": "json_schema", "json_schema": {}}},
+    ),
+    (
+        "response_format.json_schema.schema",
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}},
+    ),
+    (
+        "response_format.json_schema.schema",
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}},
+    ),
     ("response_format", {"response_format": "text"}),
+    ("guided_json", {"guided_json": "{"}),
+    ("guided_json", {"guided_json": [1]}),
+    ("guided_json", {"guided_json": {"$ref": "#/no"}}),
+    ("guided_regex", {"guided_regex": "(?=a)"}),
+    ("guided_regex", {"guided_regex": "["}),
+    ("guided_choice", {"guided_choice": []}),
+    ("guided_choice[1]", {"guided_choice": ["a", ""]}),
+    ("guided_grammar", {"guided_grammar": "?"}),
+    ("guided_regex", {"guided_regex": "a", "guided_json": {}}),
+    ("response_format", {"guided_regex": "a", "response_format": {"type": "json_object"}}),
+    ("structured_outputs.regex", {"structured_outputs": {"regex": "("}}),
+    ("structured_outputs.structural_tag", {"structured_outputs": {"structural_tag": "x"}}),
+    ("guided_whitespace_pattern", {"guided_whitespace_pattern": " "}),
+    ("allowed_token_ids", {"allowed_token_ids": [1]}),
+    ("truncate_prompt_tokens", {"truncate_prompt_tokens": 4}),
     ("temprature", {"temprature": 1}),
     ("messages", {"messages": [USER]}),
     ("tools", {"tools": []}),
-    ("guided_json", {"guided_json": {}}),
     ("model", {"model": 5}),
 ]
 CHATS: list[tuple[str, dict[str, Any]]] = [
@@ -150,11 +177,20 @@ CHATS: list[tuple[str, dict[str, Any]]] = [
     ("tools[0].function", {"tools": [{"type": "function"}]}),
     ("tools[0].function.name", {"tools": [{"type": "function", "function": {"name": ""}}]}),
     ("tools[0].type", {"tools": [{"type": "retrieval", "function": {"name": "f"}}]}),
-    ("tool_choice", {"tools": [FUNCTION], "tool_choice": "required"}),
+    ("tool_choice", {"tools": [FUNCTION], "tool_choice": "always"}),
+    ("tool_choice", {"tool_choice": "required"}),
     (
         "tool_choice",
-        {"tools": [FUNCTION], "tool_choice": {"type": "function", "function": {"name": "f"}}},
+        {"tools": [FUNCTION], "tool_choice": {"type": "function", "function": {"name": "g"}}},
     ),
+    (
+        "tool_choice",
+        {"tools": [FUNCTION], "tool_choice": {"type": "allowed_tools", "allowed_tools": {}}},
+    ),
+    ("tools", {"tools": [FUNCTION, FUNCTION], "tool_choice": "required"}),
+    ("tool_choice", {"tools": [FUNCTION], "tool_choice": "required", "guided_regex": "a"}),
+    ("tool_choice", {"tools": [BAD_FUNCTION], "tool_choice": "required"}),
+    ("verbosity", {"verbosity": "low"}),
     ("functions", {"functions": [{"name": "f"}]}),
     ("function_call", {"function_call": "auto"}),
     ("modalities", {"modalities": ["text", "audio"]}),
@@ -166,7 +202,6 @@ CHATS: list[tuple[str, dict[str, Any]]] = [
     ("chat_template_kwargs", {"chat_template_kwargs": {"tokenize": True}}),
     ("chat_template_kwargs", {"chat_template_kwargs": {"add_generation_prompt": False}}),
     ("continue_final_message", {"continue_final_message": True, "add_generation_prompt": True}),
-    ("response_format", {"response_format": {"type": "json_object"}}),
     ("best_of", {"best_of": 2}),
     ("prompt", {"prompt": "x"}),
     ("echo", {"echo": True}),
