@@ -383,7 +383,9 @@ class ExpertClient:
         connection.pairs_out -= pairs
         if header.kind == REPLY:
             connection.queued_pairs = header.queued_pairs
-            connection.patience.observe(pairs, header.busy_ns * 1e-9, _now() - attempt.sent_s)
+            took_s = _now() - attempt.sent_s
+            connection.patience.observe(pairs, header.busy_ns * 1e-9, took_s)
+            self.stats.answered(connection.group_id, took_s)
             connection.samples.append((pairs, len(message.experts), header.busy_ns))
             if not batch.abandoned:
                 batch.add(message, done.out_array())

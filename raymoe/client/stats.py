@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(kw_only=True)
@@ -20,3 +20,14 @@ class ClientStats:
     deadlines: int = 0  # links given up, because it was not
     links_lost: int = 0
     last_error: str = ""
+    answers: dict[str, int] = field(default_factory=dict)  # by group: messages it answered
+    latency_s: dict[str, float] = field(default_factory=dict)  # by group: sending to answer
+
+    def answered(self, group_id: str, seconds: float) -> None:
+        """Counts one answer. Other threads may be reading: a new group makes new dictionaries."""
+        if group_id in self.answers:
+            self.answers[group_id] += 1
+            self.latency_s[group_id] += seconds
+        else:
+            self.answers = {**self.answers, group_id: 1}
+            self.latency_s = {**self.latency_s, group_id: seconds}
