@@ -120,6 +120,9 @@ class GatewayConfig(_Checked):
         description="path before /v1 and all other routes; several deployments of one cluster "
         "need different ones",
     )
+    prefix_cache: bool = Field(
+        True, description="requests whose prompts begin alike share KV blocks of the beginning"
+    )
     count: int = Field(1, ge=1, le=256, description="gateway replicas")
     num_cpus: float = Field(0.5, ge=0, description="Ray CPUs a gateway asks for")
     resources: Annotated[dict[str, float], AfterValidator(_custom_resources)] = Field(
