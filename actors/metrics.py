@@ -22,6 +22,9 @@ _OF_ROUTER = (
     ("nacks", "Messages refused by a group without the experts asked for."),
     ("deadlines", "Links given up because a group did not answer in time."),
     ("links_lost", "Links to groups that were lost."),
+    ("preemptions", "Requests that lost their KV blocks to others and were computed again."),
+    ("prefix_queried_tokens", "Tokens of requests when they began."),
+    ("prefix_reused_tokens", "Of those, tokens whose KV blocks were there already."),
 )
 
 

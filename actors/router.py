@@ -75,6 +75,7 @@ class Router:
                 block_tokens=settings.block_tokens,
                 max_batch=settings.max_batch,
                 chunk_tokens=settings.chunk_tokens,
+                prefix_cache=settings.prefix_cache,
                 max_context=settings.max_context_tokens,
                 max_waiting=settings.max_waiting,
                 stall_end_s=plane.stall_limit_s,

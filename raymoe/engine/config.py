@@ -16,6 +16,7 @@ class EngineConfig:
     block_tokens: int = 16  # tokens of one KV block
     max_batch: int = 64  # requests that run at once
     chunk_tokens: int = 256  # prompt tokens prefilled in one step, over all requests
+    prefix_cache: bool = True  # prompts that begin alike share KV blocks
     max_context: int | None = None  # None: what the checkpoint says
     max_waiting: int = 4096  # requests queued before `Overloaded`
     stall_end_s: float = 600.0  # a request whose experts are away for so long ends; 0: at once

@@ -23,6 +23,7 @@ from raymoe.engine.output import (
     take_tokens,
 )
 from raymoe.engine.paged import PagedModel
+from raymoe.engine.prefix import PrefixChain
 from raymoe.engine.runnable import runnable
 from raymoe.engine.scheduler import Scheduler
 from raymoe.engine.seam import Experts
@@ -73,6 +74,10 @@ class Engine:
             self.pool,
             max_batch=self.config.max_batch,
             chunk_tokens=self.config.chunk_tokens if self._model.chunked_prefill else None,
+            # What a family keeps besides keys and values of each token is not in any block.
+            chain=PrefixChain(self.config.block_tokens)
+            if self.config.prefix_cache and self.packed
+            else None,
         )
         self._sequences: dict[str, Sequence] = {}
         self._inbox: deque[GenerationRequest | str] = deque()  # a string cancels
@@ -169,6 +174,9 @@ class Engine:
         self.stats.record(
             plan, begin=begin, planned=planned, computed=computed, done=perf_counter()
         )
+        self.stats.preemptions = self._scheduler.preemptions
+        self.stats.prefix_queried_tokens = self._scheduler.queried_tokens
+        self.stats.prefix_reused_tokens = self._scheduler.reused_tokens
         return events
 
     def _drain_inbox(self) -> list[TokenEvent]:
@@ -222,7 +230,7 @@ class Engine:
         drawn = iter(zip(tokens, logprobs, strict=True))
         events = []
         for reading, (sequence, count) in zip(found, chunks, strict=True):
-            sequence.computed += count
+            self._scheduler.commit(sequence, count)
             sequence.stalled_since = None
             if reading.sample is not None:
                 token, logprob = next(drawn)
@@ -246,6 +254,7 @@ class Engine:
             logprobs=() if logprob is None else (logprob,),
             prompt_logprobs=_take_once(sequence),
             finish=finish,
+            cached_prompt_tokens=_announce(sequence),
         )
 
     def _end(
@@ -263,6 +272,7 @@ class Engine:
             finish=finish,
             error=error,
             error_kind=kind,
+            cached_prompt_tokens=_announce(sequence),
         )
 
     def _forget(self, sequence: Sequence) -> None:
@@ -270,6 +280,14 @@ class Engine:
         del self._sequences[sequence.request.request_id]
         with self._lock:
             self._known.discard(sequence.request.request_id)
+
+
+def _announce(sequence: Sequence) -> int:
+    """Prompt tokens found in the cache, with a request's first event only."""
+    if sequence.announced:
+        return 0
+    sequence.announced = True
+    return sequence.cached_tokens
 
 
 def _take_once(sequence: Sequence) -> tuple[TokenLogprobs, ...]:

@@ -26,6 +26,11 @@ class Sequence:
     state: Any = None
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs_sent: bool = False
+    keys: list[bytes] = field(default_factory=list)  # names of its full blocks (`PrefixChain`)
+    published: int = 0  # leading blocks that can be found by their names, or need not be
+    cached_tokens: int = 0  # prompt tokens that others had computed when it came
+    announced: bool = False  # its first event has been made
+    preempted: bool = False
     stalled_since: float | None = None  # monotonic s of the first failed try since a success
     grammar: GrammarState | None = None  # has taken every output token
     plain_greedy: bool = False  # nothing but the likeliest token is wanted of each step

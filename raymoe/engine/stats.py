@@ -19,6 +19,9 @@ class EngineStats:
     sample_s: float = 0.0  # sampling and events
     stalled_steps: int = 0  # tries that failed because experts were away
     stalled_s: float = 0.0  # spent in them
+    preemptions: int = 0  # requests that lost their blocks to another
+    prefix_queried_tokens: int = 0  # of requests when they began (again)
+    prefix_reused_tokens: int = 0  # of those, not computed since their blocks were there
 
     def record(
         self, plan: StepPlan, *, begin: float, planned: float, computed: float, done: float

@@ -58,6 +58,9 @@ def test_every_row_of_the_status_shows() -> None:
         'raymoe_router_nacks_total{router="r\\"0"}': "2",
         'raymoe_router_deadlines_total{router="r\\"0"}': "0",
         'raymoe_router_links_lost_total{router="r\\"0"}': "0",
+        'raymoe_router_preemptions_total{router="r\\"0"}': "0",
+        'raymoe_router_prefix_queried_tokens_total{router="r\\"0"}': "0",
+        'raymoe_router_prefix_reused_tokens_total{router="r\\"0"}': "0",
     }
     for name in values(text):
         bare = name.partition("{")[0]

@@ -76,6 +76,7 @@ class Outcome:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish: str | None = None
     error: str | None = None
+    cached_tokens: int = field(default=0, compare=False)
 
     def take(self, event: TokenEvent) -> None:
         assert self.finish is None, "an event after the end"
@@ -83,6 +84,8 @@ class Outcome:
         self.logprobs += event.logprobs
         self.prompt_logprobs += event.prompt_logprobs
         self.finish, self.error = event.finish, event.error
+        assert not (event.cached_prompt_tokens and self.cached_tokens), "said twice"
+        self.cached_tokens += event.cached_prompt_tokens
 
 
 def run(engine: Engine, requests: Iterable[GenerationRequest]) -> dict[str, Outcome]:

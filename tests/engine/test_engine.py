@@ -371,7 +371,10 @@ def test_a_step_that_broke_can_be_run_again(failing: tuple[FailingExperts, Engin
 
 def test_statistics_add_up(truth: Any) -> None:
     engine = stock_engine()
-    run(engine, [request("a", prompt(20), max_tokens=5), request("b", prompt(9), max_tokens=3)])
+    run(
+        engine,
+        [request("a", prompt(20), max_tokens=5), request("b", prompt(9, 1), max_tokens=3)],
+    )
     assert engine.stats.prefill_tokens == 29
     assert engine.stats.decode_tokens == 4 + 2
     assert engine.stats.forward_s > 0

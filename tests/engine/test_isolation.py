@@ -39,7 +39,7 @@ def poison(engine: Engine, owner: Sequence | None) -> None:
 @pytest.mark.parametrize("lanes_share", [0.0, 0.3])
 def test_only_its_own_memory_is_read(lanes_share: float) -> None:
     requests = [request(name, prompt(11, ord(name)), max_tokens=12) for name in "abc"]
-    engine = stock_engine(lanes_share=lanes_share)
+    engine = stock_engine(lanes_share=lanes_share, prefix_cache=False)
     expected = run(engine, requests)
     for reader in "abc":
         outcomes = {name: Outcome() for name in "abc"}
@@ -59,7 +59,7 @@ def test_only_its_own_memory_is_read(lanes_share: float) -> None:
 
 def test_freed_blocks_are_clean_for_their_next_owner() -> None:
     each = request("a", prompt(11), max_tokens=12)
-    engine = stock_engine()
+    engine = stock_engine(prefix_cache=False)
     expected = run(engine, [each])["a"].tokens
     poison(engine, None)
     assert run(engine, [each])["a"].tokens == expected

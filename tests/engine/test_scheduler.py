@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from collections import Counter
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raymoe.engine.blocks import BlockPool
+from raymoe.engine.prefix import PrefixChain
 from raymoe.engine.scheduler import Scheduler, StepPlan
 from raymoe.engine.sequence import Sequence, start_sequence
 from tests.engine.support import request
@@ -16,15 +19,24 @@ def make(tokens: int, arrival: int = 0, priority: int = 0) -> Sequence:
 
 
 def scheduler(
-    blocks: int = 100, batch: int = 8, chunk: int | None = 16, block_tokens: int = 4
+    blocks: int = 100,
+    batch: int = 8,
+    chunk: int | None = 16,
+    block_tokens: int = 4,
+    shared: bool = False,
 ) -> Scheduler:
-    return Scheduler(BlockPool(blocks, block_tokens), max_batch=batch, chunk_tokens=chunk)
+    return Scheduler(
+        BlockPool(blocks, block_tokens),
+        max_batch=batch,
+        chunk_tokens=chunk,
+        chain=PrefixChain(block_tokens) if shared else None,
+    )
 
 
-def commit(plan: StepPlan) -> None:
+def commit(under: Scheduler, plan: StepPlan) -> None:
     """What the engine does after a forward: every complete sequence gets a token."""
     for one, tokens in chunks(plan):
-        one.computed += tokens
+        under.commit(one, tokens)
         if one.pending == 0:
             one.tokens.append(0)
 
@@ -44,20 +56,20 @@ def test_a_prompt_is_cut_to_the_chunk_budget() -> None:
     for _ in range(4):
         plan = under.plan()
         seen.append(rows(plan))
-        commit(plan)
+        commit(under, plan)
     assert seen == [[(0, 16)], [(0, 16)], [(0, 8)], [(0, 1)]]
 
 
 def test_decode_rows_are_in_every_step_while_a_long_prompt_comes_in() -> None:
     under = scheduler()
     under.add(make(3, 0))
-    commit(under.plan())
+    commit(under, under.plan())
     under.add(make(100, 1))
     for _ in range(6):
         plan = under.plan()
         assert rows(plan)[0] == (0, 1)
         assert sum(tokens for _, tokens in plan.prefill) <= 16
-        commit(plan)
+        commit(under, plan)
 
 
 def test_whole_prompts_without_a_budget() -> None:
@@ -77,7 +89,7 @@ def test_order_is_priority_then_arrival() -> None:
 def test_planning_twice_gives_the_same_rows() -> None:
     under = scheduler()
     under.add(make(3, 0))
-    commit(under.plan())
+    commit(under, under.plan())
     under.add(make(30, 1))
     first = rows(under.plan())
     used = under.pool.used
@@ -89,10 +101,10 @@ def test_the_youngest_makes_room() -> None:
     under = scheduler(blocks=6, chunk=None)  # 20 tokens
     under.add(make(7, 0))
     under.add(make(3, 1))
-    commit(under.plan())
+    commit(under, under.plan())
     young = under.running[1]
     while young in under.running:
-        commit(under.plan())
+        commit(under, under.plan())
     assert [one.arrival for one in under.running] == [0]
     assert under.preemptions == 1
     assert young.blocks == [] and young.computed == 0
@@ -104,7 +116,7 @@ def test_a_preempted_sequence_does_not_come_straight_back() -> None:
     under.add(make(7, 0))
     under.add(make(7, 1))
     for _ in range(12):
-        commit(under.plan())
+        commit(under, under.plan())
     assert under.preemptions <= 1
 
 
@@ -112,11 +124,76 @@ def test_cancelled_sequences_free_their_blocks() -> None:
     under = scheduler()
     first, second = make(9, 0), make(9, 1)
     under.add(first)
-    commit(under.plan())
+    commit(under, under.plan())
     under.add(second)
     under.remove(second)  # still waiting
     under.remove(first)
     assert under.pool.used == 0 and not under.plan()
+
+
+def test_a_prompt_that_others_have_computed_is_not_computed_again() -> None:
+    under = scheduler(shared=True)
+    under.add(make(14, 0))
+    commit(under, under.plan())
+    under.add(later := make(14, 1))
+    plan = under.plan()
+    assert rows(plan) == [(0, 1), (1, 2)]  # 12 of 14 are in full blocks
+    assert later.cached_tokens == 12
+    assert later.blocks[:3] == under.running[0].blocks[:3]
+    assert under.pool.used == 4 + 1
+    assert rows(under.plan()) == rows(plan)
+    assert (under.queried_tokens, under.reused_tokens) == (28, 12)
+
+
+def test_alike_prompts_that_come_at_once_are_computed_once() -> None:
+    under = scheduler(shared=True, chunk=64)
+    for arrival in range(4):
+        under.add(make(22, arrival))
+    seen = []
+    for _ in range(3):
+        plan = under.plan()
+        seen.append(rows(plan))
+        commit(under, plan)
+    assert seen[0] == [(0, 22)]
+    assert seen[1] == [(0, 1), (1, 2), (2, 2), (3, 2)]
+    assert seen[2] == [(n, 1) for n in range(4)]
+
+
+def test_blocks_are_shown_to_others_only_when_their_step_is_committed() -> None:
+    under = scheduler(shared=True, chunk=8)
+    under.add(make(30, 0))
+    under.plan()  # never committed: the forward failed
+    assert under.pool.published == 0
+    commit(under, under.plan())
+    assert under.pool.published == 2
+
+
+def test_blocks_of_ended_sequences_stay_until_their_place_is_needed() -> None:
+    under = scheduler(blocks=11, chunk=None, shared=True)
+    under.add(first := make(17, 0))
+    commit(under, under.plan())
+    under.remove(first)
+    assert (under.pool.used, under.pool.free, under.pool.published) == (0, 10, 4)
+    under.add(second := make(17, 1))
+    under.plan()
+    assert second.cached_tokens == 16
+    under.remove(second)
+    other = start_sequence(request("2", tuple(range(100, 130))), 2)
+    under.add(other)
+    commit(under, under.plan())
+    under.remove(other)
+    # 8 blocks were needed and 6 were empty: the ends of the older prefix went, not its beginning.
+    under.add(third := make(17, 3))
+    under.plan()
+    assert third.cached_tokens == 8
+
+
+def test_prompt_tokens_whose_log_probabilities_are_wanted_are_computed() -> None:
+    under = scheduler(shared=True)
+    under.add(make(14, 0))
+    commit(under, under.plan())
+    under.add(start_sequence(request("1", tuple(range(14)), prompt_logprobs=1), 1))
+    assert rows(under.plan()) == [(0, 1), (1, 14)]
 
 
 @settings(max_examples=60, deadline=None)
@@ -128,11 +205,12 @@ def test_cancelled_sequences_free_their_blocks() -> None:
     ),
     blocks=st.integers(9, 20),
     chunk=st.integers(1, 9),
+    shared=st.booleans(),
 )
-def test_everything_ends_and_blocks_are_never_shared(
-    arrivals: list[tuple[int, int, int, int]], blocks: int, chunk: int
+def test_everything_ends_and_nobody_writes_what_others_hold(
+    arrivals: list[tuple[int, int, int, int]], blocks: int, chunk: int, shared: bool
 ) -> None:
-    under = scheduler(blocks=blocks, batch=4, chunk=chunk)
+    under = scheduler(blocks=blocks, batch=4, chunk=chunk, shared=shared)
     wanted = {}
     done = 0
     for now in range(3000):
@@ -143,12 +221,16 @@ def test_everything_ends_and_blocks_are_never_shared(
                 under.add(one)
         plan = under.plan()
         held = [block for one in under.running for block in one.blocks]
-        assert len(held) == len(set(held)) == under.pool.used
-        assert 0 not in held
+        assert len(set(held)) == under.pool.used
+        assert shared or len(held) == len(set(held))
+        assert 0 not in held and under.pool.published < blocks
+        holders = Counter(held)
         for one, tokens in chunks(plan):
             assert len(one.blocks) * 4 >= one.computed + tokens
+            written = one.blocks[one.computed // 4 : (one.computed + tokens - 1) // 4 + 1]
+            assert all(holders[block] == 1 for block in written)
         assert len({id(one) for one, _ in chunks(plan)}) == len(chunks(plan))
-        commit(plan)
+        commit(under, plan)
         for one in [one for one in under.running if len(one.tokens) >= wanted[one]]:
             under.remove(one)
             done += 1
