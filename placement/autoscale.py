@@ -202,6 +202,22 @@ class Autoscaler:
         return Decision(retire=(best[1],), utilisation=busy, why=f"retire {best[1]}: {best[2]}")
 
 
+def fleet_for(
+    fleet: Fleet, load: Floats, config: ScaleConfig, kinds: tuple[Kind, ...], balancedness: float
+) -> Fleet:
+    """`fleet` and as many groups more as this load, pairs/s [L, E], needs to be at the target."""
+    eager = replace(config, high=config.target * (1 + 1e-9), up_after_s=0.0, queue_s=None)
+    layers, experts = load.shape
+    nowhere = np.zeros((layers, experts, len(fleet.groups)))
+    placement = Placement(resident=nowhere > 0, share=nowhere)
+    found = Autoscaler(eager, kinds).step(fleet, load, placement, 0.0, balancedness=balancedness)
+    known = {kind.name: kind for kind in kinds}
+    more = [
+        group_of(known[name], f"peak-{name}-{i}") for name, count in found.add for i in range(count)
+    ]
+    return replace(fleet, groups=(*fleet.groups, *more))
+
+
 def group_of(kind: Kind, group: str) -> GroupSpec:
     """A group of this kind, on a node of its own."""
     return GroupSpec(

@@ -105,6 +105,12 @@ class FakeFleet:
             self.loading[layer, expert, index[group]] = False
             self.ready[layer, expert, index[group]] = True
 
+    def restart_clock(self) -> None:
+        """Time is 0 again, and nothing has been paid for or loaded yet."""
+        self.now = self.group_s = self.price_s = 0.0
+        self.free_at = dict.fromkeys(self.free_at, 0.0)
+        self.loaded_bytes, self.loading_s = 0, {}
+
     def next_end(self) -> float | None:
         """When the next load or start ends."""
         starts = [end for _, end in self.starting.values()]

@@ -250,7 +250,10 @@ class Reconciler:
             part = (plan.before_s - plan.after_s) / max(plan.before_s, 1e-300)
             if np.isfinite(part):
                 promised = float(part)
-                self._promise.given(old, plan.placement, promised)
+                # what had to leave a draining group was no choice of the plan's
+                staying = np.array([g not in self._draining for g in fleet.ids])
+                left = Placement(resident=old.resident & staying, share=old.share)
+                self._promise.given(left, plan.placement, promised)
         if plan.mode != "keep":
             self._note(plan, fleet, now, trigger, promised)
             self.converger.new_target()

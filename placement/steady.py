@@ -28,14 +28,17 @@ class _Track:
 
     def follow(self, measured: float, band: float, jump: float | None) -> None:
         self.recent.append(measured)
-        self.average += _WEIGHT * (measured - self.average)
+        near = measured
+        if jump is not None:  # one wild report must not carry the average out of its band
+            near = min(max(measured, self.accepted * (1 - jump)), self.accepted / (1 - jump))
+        self.average += _WEIGHT * (near - self.average)
         last = sorted(list(self.recent)[-_FEW:])
-        far = jump is not None and len(last) == _FEW and _off(last[1], self.accepted) > jump
-        if far:
+        middle = sorted(self.recent)[len(self.recent) // 2]
+        if jump is not None and len(last) == _FEW and _off(last[1], self.accepted) > jump:
             self.accepted = self.average = last[1]
             self.recent.clear()
-        elif _off(self.average, self.accepted) > band:
-            self.accepted = self.average = sorted(self.recent)[len(self.recent) // 2]
+        elif _off(self.average, self.accepted) > band and _off(middle, self.accepted) > 0.75 * band:
+            self.accepted = self.average = middle
 
 
 def _off(value: float, accepted: float) -> float:

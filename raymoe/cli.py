@@ -34,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from raymoe.cli_plan import add_plan_parser, add_simulate_parser
+    from raymoe.cli_plan import add_plan_parser
+    from raymoe.cli_simulate import add_simulate_parser
 
     parser = argparse.ArgumentParser(
         prog="raymoe", description="Elastic serving of Mixture-of-Experts models on Ray."

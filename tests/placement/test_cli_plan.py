@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from placement.errors import PlacementError
-from raymoe.cli_plan import add_plan_parser, add_simulate_parser, parse_bytes
+from raymoe.cli_plan import add_plan_parser
+from raymoe.cli_simulate import add_simulate_parser
+from raymoe.plan_files import parse_bytes
 
 FLEET = """
 expert_bytes: 10
@@ -157,3 +159,27 @@ def test_bytes_are_read_as_people_write_them():
     for wrong in ("", "big", "5 apples"):
         with pytest.raises(PlacementError):
             parse_bytes(wrong)
+
+
+def test_autoscaling_is_compared_with_a_fleet_for_the_peak(files, capsys):
+    words = ("--window-s", "0.05", "--autoscale", "--start-s", "0.01")
+    assert call("simulate", *inputs(files), *words) == 0
+    out = capsys.readouterr().out
+    assert "x the peak fleet's group-seconds" in out
+    assert call("simulate", *inputs(files), *words, "--json") == 0
+    data = json.loads(capsys.readouterr().out)
+    assert {"live", "elastic", "peak"} <= set(data)
+    assert data["peak"]["group_s"] > 0 and len(data["elastic"]["groups"]) == 5
+
+
+def test_kinds_come_from_the_file(files, capsys):
+    text = (files / "fleet.yaml").read_text()
+    path = files / "fleet.yaml"
+    path.write_text(text + "kinds: [{name: big, memory_bytes: 240, speed: 2, price: 3}]\n")
+    args = (*inputs(files), "--window-s", "0.02", "--autoscale")
+    assert call("simulate", *args) == 0
+    assert "x big" in capsys.readouterr().out
+    for bad, what in (("[]", "at least one kind"), ("[{name: a}]", "lacks"), ("[{x: 1}]", "x")):
+        path.write_text(text + f"kinds: {bad}\n")
+        with pytest.raises(PlacementError, match=what):
+            call("simulate", *args)
