@@ -29,7 +29,8 @@ class Scheduler:
 
     Every running sequence that decodes gets its row in every step; prefill shares a budget of
     `chunk_tokens` tokens a step (None: whole prompts). When blocks run out, the sequence that
-    would be served last loses its blocks and waits to be computed again (its tokens are kept).
+    would be served last loses its blocks and waits to be computed again (its tokens are kept);
+    one with a lower priority number that comes takes the place of one with a higher.
     With a `chain`, full blocks are shared among sequences that begin with the same tokens.
     """
 
@@ -101,15 +102,13 @@ class Scheduler:
                 self._preempt(self.running[-1])
 
     def _admit(self) -> None:
-        while self.waiting and len(self.running) < self.max_batch:
+        while self.waiting:
             one = self.waiting[0]
             found: list[int] = []
             if self._chain is not None:
                 found = self.pool.find(self._chain.keys(one, self._chain.reusable(one)))
             need = self.pool.blocks_of(len(one.tokens)) - len(found)
-            # One spare block for each that runs, or what was just preempted would come straight
-            # back and be preempted again.
-            if not self.pool.can_take(need + len(self.running), besides=found):
+            if not self._make_room(one, need, found):
                 break
             self.waiting.pop(0)
             self.pool.share(found)
@@ -117,6 +116,27 @@ class Scheduler:
             self.queried_tokens += len(one.tokens)
             self._count_reused(one, len(found))
             bisect.insort(self.running, one, key=lambda each: each.order)
+
+    def _make_room(self, one: Sequence, need: int, found: list[int]) -> bool:
+        """Whether a waiting sequence can run with `need` more blocks than `found`; if need be,
+        those of a higher priority number go back to wait, the last one first."""
+        behind = [each for each in self.running if each.request.priority > one.request.priority]
+        stay = len(self.running) - len(behind)
+        most = need + stay - sum(len(each.blocks) for each in behind)
+        if stay >= self.max_batch or not self.pool.can_take(most, besides=found):
+            return False  # not even with all of them gone
+        while not self._fits(need, found):
+            if not self.running or self.running[-1].request.priority <= one.request.priority:
+                return False
+            self._preempt(self.running[-1])
+        return True
+
+    def _fits(self, need: int, found: list[int]) -> bool:
+        # One spare block for each that runs, or what was just preempted would come straight
+        # back and be preempted again.
+        return len(self.running) < self.max_batch and self.pool.can_take(
+            need + len(self.running), besides=found
+        )
 
     def _reuse(self, one: Sequence) -> None:
         """Change blocks that are not written yet for ones that others have computed meanwhile."""
@@ -171,12 +191,22 @@ class Scheduler:
 
 
 def share_out(prompts: Rows[Sequence], budget: int) -> list[tuple[Sequence, int]]:
-    """Chunks of prompts, given in the order of service, within a budget of tokens."""
-    chunks = []
-    for one in prompts:
-        tokens = min(budget, one.pending)
-        if not tokens:
-            break
-        chunks.append((one, tokens))
-        budget -= tokens
-    return chunks
+    """Chunks of prompts, given in the order of service, within a budget of tokens.
+
+    Half of the budget goes by that order, so that every prompt comes to its end; the other half to
+    the shortest rests, so that a short prompt does not wait for a long one. Among prompts of equal
+    length it is first come, first served. A lower priority number comes first in both halves.
+    """
+    chunks = dict.fromkeys(prompts, 0)
+
+    def give(order: Iterable[Sequence], tokens: int) -> int:
+        for one in order:
+            part = min(tokens, one.pending - chunks[one])
+            chunks[one] += part
+            tokens -= part
+        return tokens
+
+    left = give(prompts, budget - budget // 2)
+    shortest = sorted(prompts, key=lambda one: (one.request.priority, one.pending - chunks[one]))
+    give(shortest, left + budget // 2)
+    return [(one, tokens) for one, tokens in chunks.items() if tokens]

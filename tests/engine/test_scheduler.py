@@ -86,6 +86,66 @@ def test_order_is_priority_then_arrival() -> None:
     assert rows(under.plan()) == [(1, 4), (2, 4)]
 
 
+def test_a_long_prompt_holds_up_neither_short_ones_nor_is_held_up_by_them() -> None:
+    under = scheduler(blocks=1000, batch=99, chunk=16, block_tokens=64)
+    under.add(long := make(400, 0))
+    commit(under, under.plan())
+    first_token = {}
+    for step in range(60):
+        if step < 40:
+            under.add(make(8, step + 1))  # one more short prompt a step, half of the budget
+        commit(under, under.plan())
+        for one in under.running:
+            if one.output_tokens == 1:
+                first_token[one.arrival] = step
+    assert all(first_token[arrival] == arrival - 1 for arrival in range(1, 41))
+    assert long.output_tokens > 0  # in its half and what was left: 16 + 40 * 8 + 4 * 16
+
+
+def test_prompts_of_one_length_are_first_come_first_served() -> None:
+    under = scheduler(chunk=16)
+    for arrival in range(3):
+        under.add(make(12, arrival))
+    assert rows(under.plan()) == [(0, 12), (1, 4)]
+
+
+def test_the_prompt_of_a_lower_priority_number_is_read_first() -> None:
+    under = scheduler(chunk=16)
+    under.add(make(4, 0, priority=1))
+    under.add(make(40, 1, priority=0))
+    assert rows(under.plan()) == [(1, 16)]
+
+
+def test_a_request_that_comes_first_takes_the_place_of_one_that_comes_last() -> None:
+    full = scheduler(batch=2)
+    for arrival, priority in ((0, 0), (1, 5), (2, 5)):
+        full.add(make(4, arrival, priority))
+    commit(full, full.plan())
+    assert [one.arrival for one in full.running] == [0, 1]
+    full.add(make(4, 3, priority=5))
+    full.add(make(4, 4, priority=-1))
+    full.plan()
+    assert [one.arrival for one in full.running] == [4, 0]
+    assert [one.arrival for one in full.waiting] == [1, 2, 3]
+    assert full.preemptions == 1
+    for _ in range(5):
+        commit(full, full.plan())
+    assert full.preemptions == 1
+
+
+def test_nothing_is_preempted_when_it_would_not_make_enough_room() -> None:
+    under = scheduler(blocks=12, chunk=None)
+    under.add(make(20, 0, priority=0))
+    under.add(make(8, 1, priority=9))
+    commit(under, under.plan())
+    under.add(make(30, 2, priority=3))
+    commit(under, under.plan())
+    assert [one.arrival for one in under.running] == [0, 1]
+    under.add(make(9, 3, priority=2))
+    under.plan()
+    assert [one.arrival for one in under.running] == [0, 3]
+
+
 def test_planning_twice_gives_the_same_rows() -> None:
     under = scheduler()
     under.add(make(3, 0))
@@ -199,7 +259,7 @@ def test_prompt_tokens_whose_log_probabilities_are_wanted_are_computed() -> None
 @settings(max_examples=60, deadline=None)
 @given(
     arrivals=st.lists(
-        st.tuples(st.integers(0, 6), st.integers(1, 16), st.integers(1, 12), st.integers(0, 1)),
+        st.tuples(st.integers(0, 6), st.integers(1, 16), st.integers(1, 12), st.integers(0, 2)),
         min_size=1,
         max_size=12,
     ),
