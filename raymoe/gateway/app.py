@@ -16,8 +16,6 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
-from pydantic import BaseModel
-from pydantic.json_schema import JsonSchemaMode, models_json_schema
 from starlette.exceptions import HTTPException
 
 from raymoe.errors import RaymoeError, RequestError
@@ -27,13 +25,13 @@ from raymoe.gateway.errors import ApiError, api_error
 from raymoe.gateway.inbox import ClientGone
 from raymoe.gateway.metrics import CONTENT_TYPE
 from raymoe.gateway.observe import GatewayMetrics
+from raymoe.gateway.openapi import body_of, describe
 from raymoe.gateway.prompts import chat_text
 from raymoe.gateway.routes import Serving, chat, complete
 from raymoe.gateway.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from raymoe.gateway.tokenizer import GatewayTokenizer
 
 log = logging.getLogger(__name__)
-_SCHEMAS = "#/components/schemas/"
 _CLIENT_CLOSED = 499  # nobody sees it but our metrics
 Placement = Callable[[], Mapping[str, Any] | Awaitable[Mapping[str, Any]]]
 MoreMetrics = Callable[[], str | Awaitable[str]]
@@ -89,12 +87,12 @@ def create_app(
         "owned_by": "raymoe",
     }
 
-    @app.post("/v1/completions", openapi_extra=_body(CompletionBody))
+    @app.post("/v1/completions", openapi_extra=body_of(CompletionBody))
     async def completions(request: Request) -> Response:
         body = await read_body(request, CompletionBody, config.max_body_bytes)
         return await complete(serving, request, body)
 
-    @app.post("/v1/chat/completions", openapi_extra=_body(ChatBody))
+    @app.post("/v1/chat/completions", openapi_extra=body_of(ChatBody))
     async def chat_completions(request: Request) -> Response:
         body = await read_body(request, ChatBody, config.max_body_bytes)
         return await chat(serving, request, body)
@@ -116,7 +114,7 @@ def create_app(
         longest = (await backend.model_info()).longest_tokens if backend.ready else None
         return {**card, "max_model_len": longest}
 
-    @app.post("/tokenize", openapi_extra=_body(TokenizeBody))
+    @app.post("/tokenize", openapi_extra=body_of(TokenizeBody))
     async def tokenize(request: Request) -> dict[str, Any]:
         body = await read_body(request, TokenizeBody, config.max_body_bytes)
         serving.check_model(body.model)
@@ -133,7 +131,7 @@ def create_app(
             answer["token_strs"] = [tokenizer.token_text(token_id) for token_id in ids]
         return answer
 
-    @app.post("/detokenize", openapi_extra=_body(DetokenizeBody))
+    @app.post("/detokenize", openapi_extra=body_of(DetokenizeBody))
     async def detokenize(request: Request) -> dict[str, Any]:
         body = await read_body(request, DetokenizeBody, config.max_body_bytes)
         serving.check_model(body.model)
@@ -167,7 +165,7 @@ def create_app(
         return JSONResponse(await _maybe_await(placement()))
 
     _answer_errors(app, metrics)
-    _describe_bodies(app)
+    describe(app)
     return app
 
 
@@ -241,27 +239,3 @@ class CountRequests:
 
 async def _maybe_await(value: Any) -> Any:
     return await value if inspect.isawaitable(value) else value
-
-
-def _body(model: type[BaseModel]) -> dict[str, Any]:
-    """The route's body in /openapi.json; it is read by hand, to answer errors our way."""
-    reference = {"$ref": f"{_SCHEMAS}{model.__name__}"}
-    return {
-        "requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}
-    }
-
-
-def _describe_bodies(app: FastAPI) -> None:
-    """Puts the schemas that `_body` refers to into /openapi.json."""
-    models: list[tuple[type[BaseModel], JsonSchemaMode]] = [
-        (model, "validation") for model in (CompletionBody, ChatBody, TokenizeBody, DetokenizeBody)
-    ]
-    _, definitions = models_json_schema(models, ref_template=_SCHEMAS + "{model}")
-    plain = app.openapi
-
-    def described() -> dict[str, Any]:
-        schema = plain()
-        schema.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
-        return schema
-
-    app.openapi = described  # type: ignore[method-assign]
