@@ -6,13 +6,13 @@ import json
 import time
 from pathlib import Path
 
-import openai
 import pytest
 import yaml
 
 from actors.local import free_port
 from tests.e2e.conftest import DEMO, Deployment, run_raymoe
 from tests.e2e.nodes import Nodes
+from tests.e2e.traffic import Client, Wave, wait_for
 
 pytestmark = pytest.mark.ray
 
@@ -43,37 +43,22 @@ def test_a_cluster_is_joined_and_left_and_a_node_of_it_lost(tmp_path: Path) -> N
             running.wait_ready()
             first, second = running.get("/status")["groups"]
             assert first["node"] != second["node"]
-            client = openai.OpenAI(base_url=running.url + "/v1", api_key="none", max_retries=0)
-
-            def ask(tokens: int) -> openai.Stream[openai.types.Completion]:
-                return client.completions.create(
-                    model="demo",
-                    prompt="In the beginning",
-                    max_tokens=tokens,
-                    temperature=0,
-                    stream=True,
-                    extra_body={"ignore_eos": True},
-                )
-
-            before = "".join(chunk.choices[0].text for chunk in ask(120))
+            client = Client(running)
+            before = client.ask("In the beginning", 120)
             again = run_raymoe("serve", "--config", file, "--port", str(free_port()), env=nodes.env)
             assert again.returncode == 2 and "runs already" in again.stderr, again.stderr
 
-            during = []
-            for chunk in ask(120):
-                if len(during) == 10:
-                    nodes.kill("b")
-                during.append(chunk.choices[0].text)
-            assert "".join(during) == before
-            deadline = time.monotonic() + 60
-            while time.monotonic() < deadline:
+            with Wave(client, ["In the beginning"], 120) as wave:
+                time.sleep(0.3)
+                nodes.kill("b")
+            assert wave.texts() == [before]
+
+            def restored() -> bool:
                 first, second = running.get("/status")["groups"]
-                if first["replicas"] == 96 and second["state"] != "ready":
-                    break
-                time.sleep(0.2)
-            assert first["replicas"] == 96, "every expert lives on the node that is left"
-            assert second["state"] != "ready"
-            assert "".join(chunk.choices[0].text for chunk in ask(120)) == before
+                return bool(first["replicas"] == 96 and second["state"] != "ready")
+
+            assert wait_for(restored, 60), "every expert lives on the node that is left"
+            assert client.ask("In the beginning", 120) == before
             assert running.stop() < 30
         finally:
             if running.process.poll() is None:

@@ -7,11 +7,11 @@ import signal
 import time
 from pathlib import Path
 
-import openai
 import pytest
 import yaml
 
 from tests.e2e.conftest import DEMO, Deployment
+from tests.e2e.traffic import Client
 
 pytestmark = pytest.mark.ray
 
@@ -26,17 +26,10 @@ def test_experts_are_borrowed_while_a_group_is_away(tmp_path: Path) -> None:
     running = Deployment("--config", str(tmp_path / "c.yaml"))
     try:
         running.wait_ready()
-        client = openai.OpenAI(base_url=running.url + "/v1", api_key="none", max_retries=0)
+        client = Client(running)
 
         def ask() -> str:
-            answer = client.completions.create(
-                model="demo",
-                prompt="In the beginning",
-                max_tokens=60,
-                temperature=0,
-                extra_body={"ignore_eos": True},
-            )
-            return str(answer.choices[0].text)
+            return client.ask("In the beginning", 60)
 
         before = ask()
         first, second = running.get("/status")["groups"]
