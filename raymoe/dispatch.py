@@ -3,29 +3,93 @@
 A batch of T tokens has P = T * K pairs; pair p belongs to token p // K and wants one expert.
 Steps: count (E bins), give every pair a group, sort the pairs by (group, part, expert) and cut the
 sorted list into messages. `part` numbers the stretches of consecutive tokens that fit one slot.
-Nothing here loops over tokens or experts; the only loops are over messages.
+Nothing here loops over tokens or experts; the only loops are over messages. Where there
+is a C compiler raymoe/arena.py does the same, and is tested against this file.
 """
 
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+if TYPE_CHECKING:
+    from raymoe.arena import Arena
+
 Ints = npt.NDArray[np.int64]
+MessageArrays = tuple[Ints, Ints, Ints, Ints, Ints]
+"""pairs, tokens, token_of_pair, experts, counts"""
 
 
-class Message(NamedTuple):
-    """What one group is asked in one message. n experts, N tokens, P pairs of this message."""
+class Message:
+    """What one group is asked in one message. n experts, N tokens, P pairs of this message.
 
-    group: int
-    pairs: Ints  # [P] numbers of the batch's pairs, sorted by expert
-    tokens: Ints  # [N] rows of the batch, ascending, each once
-    token_of_pair: Ints  # [P] index into `tokens`
-    experts: Ints  # [n] ascending
-    counts: Ints  # [n] pairs of each expert; sums to P
+    Its arrays are made here by `cut_messages`, or lie in the arena of a native cut
+    (raymoe/arena.py) and are looked at only where numpy needs them.
+    """
+
+    __slots__ = (
+        "_arrays",
+        "arena",
+        "expert_count",
+        "group",
+        "number",
+        "pair_count",
+        "token_count",
+    )
+
+    def __init__(
+        self,
+        group: int,
+        counts: tuple[int, int, int],
+        arrays: MessageArrays | None,
+        arena: Arena | None = None,
+        number: int = 0,
+    ) -> None:
+        """counts (P, N, n); `arrays`, or an arena and the number of its record."""
+        self.group = group
+        self.pair_count, self.token_count, self.expert_count = counts
+        self._arrays = arrays
+        self.arena = arena
+        self.number = number
+
+    def _made(self) -> MessageArrays:
+        if self._arrays is None:
+            assert self.arena is not None
+            self._arrays = self.arena.arrays(self.number)
+        return self._arrays
+
+    @property
+    def pairs(self) -> Ints:
+        """[P] numbers of the batch's pairs, sorted by expert."""
+        return self._made()[0]
+
+    @property
+    def tokens(self) -> Ints:
+        """[N] rows of the batch, ascending, each once."""
+        return self._made()[1]
+
+    @property
+    def token_of_pair(self) -> Ints:
+        """[P] index into `tokens`."""
+        return self._made()[2]
+
+    @property
+    def experts(self) -> Ints:
+        """[n] ascending."""
+        return self._made()[3]
+
+    @property
+    def counts(self) -> Ints:
+        """[n] pairs of each expert; sums to P."""
+        return self._made()[4]
+
+
+def _message(group: int, *arrays: Ints) -> Message:
+    pairs, tokens, _, experts, _ = arrays
+    return Message(group, (len(pairs), len(tokens), len(experts)), arrays)  # type: ignore[arg-type]
 
 
 def count_experts(expert_of_pair: Ints, experts: int) -> Ints:
@@ -106,7 +170,7 @@ def cut_messages(
         first, last = bounds[a], bounds[b]
         rows, index = _unique_tokens(token_of_pair[first:last], tokens)
         messages.append(
-            Message(
+            _message(
                 int(run_box[a]) // parts,
                 order[first:last],
                 rows,
@@ -148,7 +212,7 @@ def _cut_one_token(
             last += 1
         count = last - first
         messages.append(
-            Message(
+            _message(
                 group,
                 order[first:last],
                 _ZERO,

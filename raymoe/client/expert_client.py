@@ -4,9 +4,8 @@
     ...                                                                # overlap
     out = client.combine(batch)                                        # [T, D]
 
-A pair is settled by exactly one reply: it is in one message at a time, and a message either is
-answered once or its link is retired first, with everything that was out on it. Pairs of a message
-that failed (link lost, refused, error, deadline) go to another replica within the layer.
+Pairs of a message that failed (link lost, refused, error, deadline) go to another replica within
+the layer: raymoe/client/sending.py sends, settling.py takes what comes back.
 
 Threads: dispatch and combine belong to the engine's thread, everything else may come from any.
 The lock is held for microseconds, never while waiting.
@@ -14,13 +13,8 @@ The lock is held for microseconds, never while waiting.
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
-import select
 import threading
 import time
-from collections import deque
 from functools import partial
 
 import numpy as np
@@ -28,19 +22,21 @@ import torch
 
 from raymoe.client.batch import Batch
 from raymoe.client.config import ClientConfig
+from raymoe.client.connections import Connections
 from raymoe.client.deadline import Patience
 from raymoe.client.dialer import Dial, Dialer
-from raymoe.client.routes import Attempt, Connection, Routes
+from raymoe.client.load import Load
+from raymoe.client.routes import Connection, Routes
+from raymoe.client.sending import Sender
+from raymoe.client.settling import Settler
 from raymoe.client.stats import ClientStats
-from raymoe.dispatch import Ints, Message, count_experts, cut_messages
-from raymoe.errors import ConfigError, ExpertsUnavailable, LinkError, PeerLost
+from raymoe.dispatch import Ints
+from raymoe.errors import ConfigError, ExpertsUnavailable
 from raymoe.links.connect import connect
 from raymoe.links.handshake import Identity
-from raymoe.links.link import Completion, Link
-from raymoe.links.protocol import NACK, PARTIAL, REPLY, ROWS, Call, Wire
+from raymoe.links.link import Link
+from raymoe.links.protocol import PARTIAL, ROWS, Wire
 from raymoe.table import GroupEndpoint, RoutingTable
-
-log = logging.getLogger(__name__)
 
 _HOUSEKEEPING_S = 0.05
 _IDLE_PING_S = 5.0  # groups close links that are silent for long
@@ -70,14 +66,9 @@ class ExpertClient:
         self._building = threading.Lock()  # taken before _lock, by whoever makes new routes
         self._routes: Routes | None = None
         self._wanted: RoutingTable | None = None
-        self._connections: dict[str, Connection] = {}  # live, by group id
-        self._retiring: list[Connection] = []
+        self._connections = Connections()
         self._patience: dict[str, Patience] = {}
-        self._counts = np.zeros((0, 0), np.int64)  # [L, E]
-        self._by_fd: dict[int, Connection] = {}
-        self._epoll = select.epoll()
-        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._epoll.register(self._wake_fd, select.EPOLLIN)
+        self._load = Load(0, 0)
         self._closed = threading.Event()
         self._dialer = Dialer(
             dial
@@ -92,6 +83,10 @@ class ExpertClient:
             self._connected,
             self.config.reconnect_s,
         )
+        self._sender = Sender(
+            self.config, self.wire, self._mode, self.stats, self._connections, self._dial_missing
+        )
+        self._settler = Settler(self.config, self.stats, self._connections, self._sender)
         self._keeper = threading.Thread(target=self._keep_house, name="raymoe-client", daemon=True)
         self._keeper.start()
 
@@ -108,23 +103,21 @@ class ExpertClient:
             if wanted is not None and routing.order <= wanted.order:
                 return False
             shape = routing.table.resident.shape[:2]
-            if wanted is not None and shape != self._counts.shape:
+            if wanted is not None and shape != self._load.shape:
                 raise ConfigError(
                     f"a table of {shape[0]} layers x {shape[1]} experts cannot replace one of "
-                    f"{self._counts.shape[0]} x {self._counts.shape[1]}"
+                    f"{self._load.shape[0]} x {self._load.shape[1]}"
                 )
             if wanted is None:
-                self._counts = np.zeros(shape, np.int64)
+                self._load = Load(*shape)
             self._wanted = routing
-            for group_id, connection in list(self._connections.items()):
+            for group_id, connection in list(self._connections.live.items()):
                 target = routing.endpoints.get(group_id)
                 if target is None or target.incarnation != connection.incarnation:
-                    del self._connections[group_id]
-                    connection.retiring = True
-                    self._retiring.append(connection)
+                    self._connections.retire(connection)
         self._rebuild()
         with self._lock:
-            self._close_retired()
+            self._connections.close_idle()
         return True
 
     @property
@@ -136,19 +129,18 @@ class ExpertClient:
     def connected(self) -> tuple[str, ...]:
         """Ids of the groups with a live link, sorted."""
         with self._lock:
-            return tuple(sorted(self._connections))
+            return tuple(sorted(self._connections.live))
 
     def take_counts(self) -> Ints:
         """Pairs dispatched to each expert since the last call: int64 [L, E]."""
         with self._lock:
-            counts, self._counts = self._counts, np.zeros_like(self._counts)
-        return counts
+            return self._load.take()
 
     def take_timings(self) -> dict[str, list[tuple[int, int, float]]]:
         """Since the last call, of each group: (pairs, active experts, busy seconds) a message."""
         with self._lock:
             taken = {}
-            for group_id, connection in self._connections.items():
+            for group_id, connection in self._connections.live.items():
                 taken[group_id] = [(p, n, ns * 1e-9) for p, n, ns in connection.samples]
                 connection.samples.clear()
         return taken
@@ -176,12 +168,7 @@ class ExpertClient:
             routes = self._routes
             assert routes is not None
             if batch.open_pairs:
-                expert_of_pair = batch.expert_of_pair
-                counts = count_experts(expert_of_pair, routes.experts)
-                self._counts[layer] += counts
-                self._send_to(
-                    batch, routes, routes.groups_of_pairs(layer, expert_of_pair, counts), None
-                )
+                self._sender.send(batch, routes, self._load)
         self.stats.dispatch_s += _clock() - started
         return batch
 
@@ -195,14 +182,18 @@ class ExpertClient:
         try:
             while batch.open_pairs:
                 if batch.homeless:
-                    self._send_again(batch)
+                    with self._lock:
+                        assert self._routes is not None
+                        self._settler.send_again(batch, self._routes)
                 asked = _clock()
                 events = self._wait(batch)
                 waited_s += _clock() - asked
                 with self._lock:
-                    self._take(events)
+                    self._settler.take(events)
                     if _now() > batch.deadline_s:
-                        self._strike(batch)
+                        self._settler.strike(batch)
+                    if not batch.open_pairs:
+                        self._sender.finish(batch)
             return batch.result()
         finally:
             self.stats.wait_s += waited_s
@@ -215,128 +206,11 @@ class ExpertClient:
         self._dialer.close(timeout_s=1.0)
         self._keeper.join(1.0)
         with self._lock:
-            for connection in [*self._connections.values(), *self._retiring]:
-                self._drop(connection)
-            self._connections.clear()
-            self._retiring.clear()
-            self._epoll.close()
-            os.close(self._wake_fd)
-
-    # --- sending ---------------------------------------------------------------------------
-
-    def _send_to(
-        self, batch: Batch, routes: Routes, group_of_pair: Ints, pairs: Ints | None
-    ) -> None:
-        """Cut and send. `group_of_pair` [P] may hold -1: those pairs stay homeless."""
-        expert_of_pair = batch.expert_of_pair if pairs is None else batch.expert_of_pair[pairs]
-        # a first attempt in a complete layer has a group for every pair; a retry may have none
-        known = pairs is None and routes.complete[batch.layer]
-        if not known and np.minimum.reduce(group_of_pair) < 0:
-            placed = group_of_pair >= 0
-            numbers = np.arange(len(placed)) if pairs is None else pairs
-            batch.homeless.append(numbers[~placed])
-            pairs = numbers[placed]
-            if not len(pairs):
-                return
-            expert_of_pair, group_of_pair = expert_of_pair[placed], group_of_pair[placed]
-        for message in cut_messages(
-            expert_of_pair,
-            group_of_pair,
-            top_k=batch.top_k,
-            tokens=batch.tokens,
-            experts=routes.experts,
-            message_tokens=routes.message_tokens(
-                batch.top_k, self.wire, self._mode, self.config.message_tokens
-            ),
-            pairs=pairs,
-        ):
-            connection = routes.connections[message.group]
-            if connection is None or connection.lost:
-                batch.homeless.append(message.pairs)
-            else:
-                self._send(connection, batch, message)
-
-    def _send(self, connection: Connection, batch: Batch, message: Message) -> None:
-        """Write the message into a slot and submit it; without a free slot it waits for one."""
-        link = connection.link
-        slot = None if connection.waiting else link.acquire()
-        if slot is None:
-            connection.waiting.append((batch, message))
-            batch.deadline_s = min(batch.deadline_s, connection.first_deadline_s())
-            return
-        _, pairs, tokens, token_of_pair, experts, counts = message
-        routes = self._routes
-        assert routes is not None
-        call = Call(batch.layer, batch.mode, len(tokens), len(experts), len(pairs), routes.epoch)
-        to = slot.arrays(call)
-        to.expert_ids[:] = experts
-        to.counts[:] = counts
-        to.token_of_pair[:] = token_of_pair
-        if to.weights is not None:
-            batch.weights.take(pairs, 0, to.weights, "clip")
-        if len(tokens) == batch.tokens:  # a plain copy: 200 us against 330 for 512 x 2048
-            np.copyto(to.x, batch.x)
-        else:  # mode="clip": with "raise" numpy gathers into a buffer first
-            batch.x.take(tokens, 0, to.x, "clip")
-        patience = connection.patience
-        connection.pairs_out += len(pairs)
-        now = _now()
-        deadline_s = now + patience.limit_s(
-            connection.pairs_out + connection.queued_pairs, len(connection.attempts) + 1
-        )
-        connection.attempts[slot.index] = Attempt(batch, message, now, deadline_s)
-        if deadline_s < batch.deadline_s:
-            batch.deadline_s = deadline_s
-        try:
-            link.submit(slot, call)
-        except PeerLost as lost:
-            self._lose(connection, lost.why)
-
-    def _send_waiting(self, connection: Connection) -> None:
-        """Slots have become free."""
-        waiting, connection.waiting = connection.waiting, deque()
-        while waiting and not connection.lost:
-            batch, message = waiting.popleft()
-            if batch.abandoned:
-                continue
-            self._send(connection, batch, message)
-            if connection.waiting:  # no slot was left
-                break
-        connection.waiting.extend(waiting)
-        if connection.lost:
-            self._orphan(connection)
-
-    def _send_again(self, batch: Batch) -> None:
-        """Homeless pairs go to another replica, or wait for one until the stall limit."""
-        with self._lock:
-            routes = self._routes
-            assert routes is not None
-            now = _now()
-            if batch.routes is routes and now < batch.retry_s:
-                return
-            if batch.routes is not None:
-                batch.excluded.clear()  # a refusal holds for this table, and not for long
-                batch.routes = None
-            pairs = np.sort(np.concatenate(batch.homeless))
-            batch.homeless.clear()
-            groups = routes.other_groups(batch, batch.expert_of_pair[pairs])
-            self.stats.retried_pairs += int(np.count_nonzero(groups >= 0))
-            self._send_to(batch, routes, groups, pairs)
-            if (groups >= 0).all():
-                return
-            batch.routes, batch.retry_s = routes, now + self.config.retry_s
-            if batch.stalled_s is None:
-                batch.stalled_s = now
-            elif now - batch.stalled_s > self.config.stall_limit_s:
-                batch.abandoned = True
-                lost = np.unique(batch.expert_of_pair[pairs[groups < 0]])
-                raise ExpertsUnavailable(batch.layer, tuple(lost.tolist()), now - batch.stalled_s)
-
-    # --- waiting and taking ----------------------------------------------------------------
+            self._connections.close()
 
     def _wait(self, batch: Batch) -> list[tuple[int, int]]:
         """Descriptors that have something, after a short spin and then a sleep."""
-        poll = self._epoll.poll
+        poll = self._connections.wait
         spin_until = _clock() + self.config.spin_s
         while True:
             events = poll(0)
@@ -349,118 +223,6 @@ class ExpertClient:
             until_s = min(until_s, batch.retry_s)
         return poll(min(max(until_s - _now(), 0.0) + 0.001, 1.0))
 
-    def _take(self, events: list[tuple[int, int]]) -> None:
-        for fd, _ in events:
-            connection = self._by_fd.get(fd)
-            if connection is None:
-                if fd == self._wake_fd:
-                    os.eventfd_read(fd)
-                continue
-            self._poll(connection)
-
-    def _poll(self, connection: Connection) -> None:
-        try:
-            while done := connection.link.poll():
-                for completion in done:
-                    self._settle(connection, completion)
-                if not connection.attempts:
-                    break
-        except LinkError as error:
-            self._lose(connection, error.why if isinstance(error, PeerLost) else str(error))
-            return
-        if connection.waiting:
-            self._send_waiting(connection)
-        if connection.retiring and connection.idle:
-            self._drop(connection)
-            self._retiring.remove(connection)
-
-    def _settle(self, connection: Connection, done: Completion) -> None:
-        """One answer: add it, or have its pairs sent elsewhere. Its slot is free afterwards."""
-        attempt = connection.attempts.pop(done.slot.index)
-        batch, message = attempt.batch, attempt.message
-        header = done.header
-        pairs = len(message.pairs)
-        connection.pairs_out -= pairs
-        if header.kind == REPLY:
-            connection.queued_pairs = header.queued_pairs
-            took_s = _now() - attempt.sent_s
-            connection.patience.observe(pairs, header.busy_ns * 1e-9, took_s)
-            self.stats.answered(connection.group_id, took_s)
-            connection.samples.append((pairs, len(message.experts), header.busy_ns))
-            if not batch.abandoned:
-                batch.add(message, done.out_array())
-                batch.stalled_s = None
-        elif not batch.abandoned:
-            self._refused(connection, batch, message, done)
-        connection.link.release(done.slot)
-
-    def _refused(
-        self, connection: Connection, batch: Batch, message: Message, done: Completion
-    ) -> None:
-        refused = message.experts.tolist()
-        if done.header.kind == NACK:
-            missing = set(done.missing())
-            refused = [expert for expert in refused if expert in missing] or refused
-            self.stats.nacks += 1
-        else:
-            self.stats.errors += 1
-            self.stats.last_error = f"{connection.group_id}: {done.text()}"
-        batch.excluded.update((connection, expert) for expert in refused)
-        batch.homeless.append(message.pairs)
-
-    # --- losing ----------------------------------------------------------------------------
-
-    def _strike(self, batch: Batch) -> None:
-        """A deadline has passed. A group that has answered others since is slow, and gets more
-        time; one that has not counts as hung, and its link as lost."""
-        now = _now()
-        batch.deadline_s = float("inf")
-        for connection in [*self._connections.values(), *self._retiring]:
-            if connection.first_deadline_s() <= now:
-                connection.patience.struck()
-                if connection.progressing(now, self.config.slow_limit_s):
-                    self.stats.slow += 1
-                    limit_s = connection.patience.limit_s(
-                        connection.pairs_out + connection.queued_pairs, len(connection.attempts)
-                    )
-                    connection.extend(now + limit_s)
-                else:
-                    self.stats.deadlines += 1
-                    self._lose(connection, "no answer within its deadline")
-                    continue
-            batch.deadline_s = min(batch.deadline_s, connection.first_deadline_s())
-
-    def _lose(self, connection: Connection, why: str) -> None:
-        """Retire the link; all that was out on it is homeless; reconnect in the background."""
-        if connection.lost:
-            return
-        self._drop(connection)
-        self.stats.links_lost += 1
-        log.warning("lost group %s: %s", connection.group_id, why)
-        self._orphan(connection)
-        if self._connections.get(connection.group_id) is connection:
-            del self._connections[connection.group_id]
-        if connection in self._retiring:
-            self._retiring.remove(connection)
-        self._dial_missing()
-
-    def _orphan(self, connection: Connection) -> None:
-        """What was out on a lost link, or waited for it, has to go elsewhere."""
-        out = [(attempt.batch, attempt.message) for attempt in connection.attempts.values()]
-        for batch, message in [*out, *connection.waiting]:
-            batch.homeless.append(message.pairs)
-        connection.attempts.clear()
-        connection.waiting.clear()
-
-    def _drop(self, connection: Connection) -> None:
-        """Close the link and forget its descriptor."""
-        if not connection.lost:
-            connection.lost = True
-            del self._by_fd[connection.fd]
-            with contextlib.suppress(OSError):  # a link that ended has closed it already
-                self._epoll.unregister(connection.fd)
-            connection.link.close()
-
     # --- in the background -----------------------------------------------------------------
 
     def _connected(self, target: GroupEndpoint, link: Link) -> None:
@@ -468,7 +230,7 @@ class ExpertClient:
         with self._lock:
             wanted = self._wanted
             current = wanted.endpoints.get(target.id) if wanted is not None else None
-            if self._closed.is_set() or current != target or target.id in self._connections:
+            if self._closed.is_set() or current != target or target.id in self._connections.live:
                 link.close()
                 self._dial_missing()
                 return
@@ -481,10 +243,7 @@ class ExpertClient:
                     first_s=config.first_deadline_s,
                 ),
             )
-            connection = Connection(target.id, link, patience, config.samples)
-            self._connections[target.id] = connection
-            self._by_fd[connection.fd] = connection
-            self._epoll.register(connection.fd, select.EPOLLIN)
+            self._connections.add(Connection(target.id, link, patience, config.samples))
         self._rebuild()
 
     def _rebuild(self) -> None:
@@ -496,13 +255,12 @@ class ExpertClient:
             with self._lock:
                 wanted, previous = self._wanted, self._routes
                 assert wanted is not None
-                connections = tuple(self._connections.get(i) for i in wanted.table.group_ids)
+                connections = tuple(self._connections.live.get(i) for i in wanted.table.group_ids)
             routes = Routes(wanted, connections, previous)
             with self._lock:
                 self._routes = routes
                 self._dial_missing()
-                if not self._closed.is_set():
-                    os.eventfd_write(self._wake_fd, 1)
+                self._connections.wake()
 
     def _dial_missing(self) -> None:
         wanted = self._wanted
@@ -511,14 +269,9 @@ class ExpertClient:
                 {
                     group_id: target
                     for group_id, target in wanted.endpoints.items()
-                    if group_id not in self._connections and target.endpoints
+                    if group_id not in self._connections.live and target.endpoints
                 }
             )
-
-    def _close_retired(self) -> None:
-        for connection in [c for c in self._retiring if c.idle]:
-            self._drop(connection)
-            self._retiring.remove(connection)
 
     def _keep_house(self) -> None:
         """Heartbeats; links that end while the engine rests; routes around lost ones."""
@@ -526,12 +279,12 @@ class ExpertClient:
         while not self._closed.wait(_HOUSEKEEPING_S):
             now = _now()
             with self._lock:
-                for connection in list(self._connections.values()):
+                for connection in list(self._connections.live.values()):
                     if connection.idle:
-                        self._poll(connection)
+                        self._settler.poll(connection)
                     if not connection.lost:
                         connection.watch(now, ping=now >= next_ping_s)
-                self._close_retired()
+                self._connections.close_idle()
                 routes = self._routes
                 broken = routes is not None and routes.broken
             if now >= next_ping_s:

@@ -45,7 +45,7 @@ class Connection:
         self.reply_bytes = link.slots[0].reply_memory.nbytes
         self.patience = patience
         self.attempts: dict[int, Attempt] = {}  # by slot index
-        self.waiting: deque[tuple[Batch, Message]] = deque()  # for a free slot
+        self.waiting: deque[tuple[Batch, Message, int]] = deque()  # for a slot; and the epoch
         self.pairs_out = 0
         self.queued_pairs = 0  # ahead of the last answer, as the group said
         self.lost = False
@@ -119,8 +119,12 @@ class Routes:
         self.resident: Bools = resident
         self.split = TableSplit(replace(table, resident=resident))
         copies = resident.sum(2)
-        self.home: list[Ints] = list(self.split.home)  # L x [E]
+        self.home: list[Ints] = [
+            np.ascontiguousarray(h, np.int64) for h in self.split.home
+        ]  # L x [E]
+        self.home_address: list[int] = [home.ctypes.data for home in self.home]
         self.replicated = [np.flatnonzero(row > 1) for row in copies]
+        self.any_replicated = [len(experts) > 0 for experts in self.replicated]
         self.complete: list[bool] = (copies > 0).all(1).tolist()  # L: every expert has a home
         self._message_tokens: dict[int, int] = {}
 

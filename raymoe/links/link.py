@@ -79,7 +79,17 @@ class SlotTerms:
 class Slot:
     """One request region and one reply region of a link. Made by the link, never by hand."""
 
-    __slots__ = ("index", "reply", "reply_memory", "request", "request_memory", "seq", "wire")
+    __slots__ = (
+        "index",
+        "reply",
+        "reply_address",
+        "reply_memory",
+        "request",
+        "request_address",
+        "request_memory",
+        "seq",
+        "wire",
+    )
 
     def __init__(
         self, index: int, wire: Wire, request: NDArray[np.uint8], reply: NDArray[np.uint8]
@@ -90,6 +100,8 @@ class Slot:
         self.reply_memory = reply
         self.request: torch.Tensor = torch.from_numpy(request)  # uint8 [request_bytes]
         self.reply: torch.Tensor = torch.from_numpy(reply)  # uint8 [reply_bytes]
+        self.request_address = self.request.data_ptr()
+        self.reply_address = self.reply.data_ptr()
         self.seq = -1  # of the request in flight; -1 when none
 
     def fits(self, call: Call) -> bool:
