@@ -131,6 +131,17 @@ class ExpertClient:
         with self._lock:
             return tuple(sorted(self._connections.live))
 
+    def absent(self, layer: int) -> list[int] | None:
+        """Experts of a layer without a live replica; None when there are none, or no table yet.
+
+        Cheap while all are there: the engine asks once a layer and step.
+        """
+        routes = self._routes
+        if routes is None or routes.complete[layer]:
+            return None
+        missing: list[int] = np.flatnonzero(routes.home[layer] < 0).tolist()
+        return missing
+
     def take_counts(self) -> Ints:
         """Pairs dispatched to each expert since the last call: int64 [L, E]."""
         with self._lock:
