@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from raymoe.engine.aside import SettingAside
 from raymoe.engine.batch import Chunks
 from raymoe.engine.config import EngineConfig
 from raymoe.engine.facts import eos_ids, longest_context
@@ -18,6 +19,7 @@ from raymoe.engine.output import (
     Reading,
     end_of,
     readings,
+    readings_without,
     rows_of,
     take_prompt_logprobs,
     take_tokens,
@@ -29,6 +31,7 @@ from raymoe.engine.scheduler import Scheduler
 from raymoe.engine.seam import Experts
 from raymoe.engine.sequence import Sequence, start_sequence
 from raymoe.engine.stats import EngineStats
+from raymoe.engine.waiting import AwayRequests
 from raymoe.errors import ExpertsUnavailable, Overloaded, RequestError
 from raymoe.grammar.state import GrammarStart, GrammarState
 from raymoe.requests import (
@@ -46,7 +49,8 @@ class Engine:
     """Runs a transformers causal language model whose routed experts are behind `experts`.
 
     `model` comes from `raymoe.checkpoint.dense.load_dense(spec, experts)`; `experts` None means
-    that the model has its own. `add` and `cancel` may be called from any thread; `step` belongs to
+    that the model has its own; over `SettingAside`, experts that are away stop only the requests
+    that need them. `add` and `cancel` may be called from any thread; `step` belongs to
     one thread. Raises `ConfigError` when the KV budget holds not even a short request.
     """
 
@@ -79,6 +83,8 @@ class Engine:
             if self.config.prefix_cache and self.packed
             else None,
         )
+        self._aside = experts if isinstance(experts, SettingAside) and self.packed else None
+        self._away = AwayRequests(self._aside, self.config) if self._aside is not None else None
         self._sequences: dict[str, Sequence] = {}
         self._inbox: deque[GenerationRequest | str] = deque()  # a string cancels
         self._known: set[str] = set()
@@ -148,21 +154,23 @@ class Engine:
     def step(self) -> list[TokenEvent]:
         """Compute one packed forward; what it made, and which requests ended.
 
-        When `ExpertsUnavailable` stops the forward, nothing has happened but the wait: the next
+        When `ExpertsUnavailable` stops the forward, nothing has happened but the wait: a later
         step tries again, and a request that has been stalled for `stall_end_s` ends with an error.
         Any other exception leaves the engine as it was: the step can be run again.
         """
         begin = perf_counter()
-        events = self._drain_inbox()
+        events = self._drain_inbox() + self._bring_back()
         plan = self._scheduler.plan()
         chunks = self._model.order(plan)
         if not chunks:
+            if self._away and not events:
+                sleep(self.config.stall_pause_s)
             return events
         planned = perf_counter()
         with torch.inference_mode():
             found = readings(chunks)
             try:
-                logits = self._model.forward(chunks, rows_of(found))
+                logits = self._forward(chunks, found)
             except ExpertsUnavailable as error:
                 self._model.spoilt(chunks)
                 return events + self._stall(chunks, error, perf_counter() - planned)
@@ -170,6 +178,8 @@ class Engine:
                 self._model.spoilt(chunks)
                 raise
             computed = perf_counter()
+            if self._aside is not None and self._aside.lost:
+                chunks, found, logits = self._set_aside(chunks, found, logits)
             events += self._commit(chunks, found, logits)
         self.stats.record(
             plan, begin=begin, planned=planned, computed=computed, done=perf_counter()
@@ -178,6 +188,41 @@ class Engine:
         self.stats.prefix_queried_tokens = self._scheduler.queried_tokens
         self.stats.prefix_reused_tokens = self._scheduler.reused_tokens
         return events
+
+    def _forward(self, chunks: Chunks, found: list[Reading]) -> torch.Tensor:
+        """Logits [R, V] of what is to be read; those of requests set aside mean nothing."""
+        if self._aside is None:
+            return self._model.forward(chunks, rows_of(found))
+        self._aside.begin([at for at, (_, tokens) in enumerate(chunks) for _ in range(tokens)])
+        try:
+            return self._model.forward(chunks, rows_of(found))
+        finally:
+            self._aside.end()
+
+    def _set_aside(
+        self, chunks: Chunks, found: list[Reading], logits: torch.Tensor
+    ) -> tuple[Chunks, list[Reading], torch.Tensor]:
+        """Take the requests that the step lost out of it: for them it has not happened."""
+        assert self._aside is not None and self._away is not None
+        lost = self._aside.lost
+        self.stats.stalled_steps += 1
+        self._away.put(chunks, lost, monotonic())
+        found, rows = readings_without(found, lost)
+        kept = [chunk for at, chunk in enumerate(chunks) if at not in lost]
+        return kept, found, logits[rows]
+
+    def _bring_back(self) -> list[TokenEvent]:
+        """Requests whose experts may be back go on; those that waited for too long end."""
+        if not self._away:
+            return []
+        now = monotonic()
+        ended = []
+        for one in self._away.bring_back(now):
+            assert one.away is not None and one.stalled_since is not None
+            error = one.away.error
+            sentence = str(ExpertsUnavailable(error.layer, error.experts, now - one.stalled_since))
+            ended.append(self._end(one, error=sentence, kind="unavailable"))
+        return ended
 
     def _drain_inbox(self) -> list[TokenEvent]:
         events = []
@@ -207,6 +252,9 @@ class Engine:
         self.stats.stalled_steps += 1
         self.stats.stalled_s += tried_s
         now = monotonic()
+        if self._away is not None and self._aside is not None and self._aside.lost:
+            self._away.put(chunks, self._aside.lost, now)
+            return []
         if all(one.stalled_since is None for one, _ in chunks):
             log.warning("%d requests are stalled: %s", len(chunks), error)
         ended = []
@@ -231,7 +279,7 @@ class Engine:
         events = []
         for reading, (sequence, count) in zip(found, chunks, strict=True):
             self._scheduler.commit(sequence, count)
-            sequence.stalled_since = None
+            sequence.stalled_since, sequence.tries = None, 0
             if reading.sample is not None:
                 token, logprob = next(drawn)
                 events.append(self._append(sequence, token, logprob))
@@ -277,6 +325,8 @@ class Engine:
 
     def _forget(self, sequence: Sequence) -> None:
         self._scheduler.remove(sequence)
+        if self._away:
+            self._away.forget(sequence)
         del self._sequences[sequence.request.request_id]
         with self._lock:
             self._known.discard(sequence.request.request_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
@@ -61,6 +62,20 @@ def rows_of(found: Rows[Reading]) -> list[int]:
         if one.sample is not None:
             rows.append(one.sample)
     return rows
+
+
+def readings_without(found: Rows[Reading], lost: Container[int]) -> tuple[list[Reading], list[int]]:
+    """The readings but those numbered in `lost`, and which rows of the logits are theirs."""
+    kept: list[Reading] = []
+    rows: list[int] = []
+    row = 0
+    for at, one in enumerate(found):
+        count = len(one.prompt) + (one.sample is not None)
+        if at not in lost:
+            kept.append(one)
+            rows += range(row, row + count)
+        row += count
+    return kept, rows
 
 
 def take_prompt_logprobs(logits: Tensor, found: Rows[Reading]) -> None:

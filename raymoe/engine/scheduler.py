@@ -73,6 +73,8 @@ class Scheduler:
         decode: list[Sequence] = []
         prompts: list[Sequence] = []
         for one in self.running:
+            if one.away is not None:  # it keeps its blocks
+                continue
             if one.pending > 1:
                 self._reuse(one)
             (decode if one.pending == 1 and one.computed else prompts).append(one)

@@ -5,8 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from raymoe.errors import ExpertsUnavailable
 from raymoe.grammar.state import GrammarState
 from raymoe.requests import GenerationRequest, SamplingParams, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Away:
+    """Why a request is set aside, and when (monotonic seconds) to try it again at the earliest."""
+
+    error: ExpertsUnavailable
+    retry_s: float
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -31,6 +40,8 @@ class Sequence:
     cached_tokens: int = 0  # prompt tokens that others had computed when it came
     announced: bool = False  # its first event has been made
     preempted: bool = False
+    away: Away | None = None  # its experts are: it takes no part in steps
+    tries: int = 0  # that found experts away since a success
     stalled_since: float | None = None  # monotonic s of the first failed try since a success
     grammar: GrammarState | None = None  # has taken every output token
     plain_greedy: bool = False  # nothing but the likeliest token is wanted of each step
