@@ -19,6 +19,7 @@ from raymoe.checkpoint.spec import ModelSpec
 from raymoe.client import ClientConfig, ExpertClient
 from raymoe.config import DeploymentConfig, read_secret
 from raymoe.control import ControlClient
+from raymoe.engine.aside import SettingAside
 from raymoe.engine.config import EngineConfig
 from raymoe.engine.engine import Engine
 from raymoe.engine.facts import eos_ids
@@ -31,7 +32,7 @@ from raymoe.stream.messages import ModelInfo
 from raymoe.stream.server import StreamConfig, StreamServer
 
 _BEAT_S = 1.0
-_CANCEL_S = 5.0  # a step that waits for experts looks this often for cancelled requests
+_BLIP_S = 0.25  # a step waits so long for experts; then it goes on without who needs them
 log = logging.getLogger("raymoe.router")
 
 
@@ -54,8 +55,9 @@ class Router:
             secret=secret,
             node=self.node,
             name=self.router_id,
-            config=ClientConfig(mode=plane.mode, stall_limit_s=min(plane.stall_limit_s, _CANCEL_S)),
+            config=ClientConfig(mode=plane.mode, stall_limit_s=min(plane.stall_limit_s, _BLIP_S)),
         )
+        experts = SettingAside(self._experts)
         self._control = ControlClient(
             identity=identity,
             secret=secret,
@@ -65,11 +67,11 @@ class Router:
         )
         self._control.start()
         self._await_table(self._config.placement.load_timeout_s)
-        model: Any = load_dense(spec, self._experts)
+        model: Any = load_dense(spec, experts)
         vocab = model.config.get_text_config().vocab_size
         self._engine = Engine(
             model,
-            self._experts,
+            experts,
             EngineConfig(
                 kv_bytes=settings.kv_bytes,
                 block_tokens=settings.block_tokens,
