@@ -28,6 +28,7 @@ from raymoe.links.handshake import Identity, Peer
 from raymoe.links.link import Request
 from raymoe.links.protocol import ROWS
 from raymoe.links.server import Server, ServerConfig
+from raymoe.native import native
 from raymoe.speed import GroupSpeed, measure_speed
 from raymoe.table import GroupEndpoint
 
@@ -88,9 +89,12 @@ class GroupRuntime:
         self.slowdown = slowdown
         self._identity, self._secret = identity, secret
         self._counts = np.zeros((spec.layers, spec.experts), np.int64)
+        self._counts_address: int = self._counts.ctypes.data
+        self._native = native()
         self._busy_s = 0.0
         self._pairs = self._messages = self._nacks = self._errors = 0
         self._samples: deque[tuple[int, int, float]] = deque(maxlen=SAMPLES)
+        self._fresh: deque[tuple[int, int, float]] = deque(maxlen=SAMPLES)  # not taken yet
         self._count_lock = threading.Lock()
         self._copies = threading.BoundedSemaphore(MAX_COPIES)
         self._copy_sockets: set[socket.socket] = set()
@@ -194,6 +198,12 @@ class GroupRuntime:
                 samples=tuple(self._samples),
             )
 
+    def take_samples(self) -> list[tuple[int, int, float]]:
+        """Timings since the last call (the latest few hundred): (pairs, active experts, busy s)."""
+        with self._count_lock:
+            fresh, self._fresh = self._fresh, deque(maxlen=SAMPLES)
+        return list(fresh)
+
     def close(self) -> None:
         """End every thread and connection, within 2 s. A message in the works is not answered."""
         self._closed.set()
@@ -220,15 +230,7 @@ class GroupRuntime:
         missing: list[int] = []
         error: str | None = None
         try:
-            missing = self.shard.compute(
-                call.layer,
-                request.x,
-                torch.from_numpy(request.expert_ids),
-                torch.from_numpy(request.counts),
-                request.token_of_pair,
-                request.weights,
-                request.out,
-            )
+            missing = self._compute(request)
         except Exception as failure:
             log.exception("group %s failed in MoE layer %d", self.id, call.layer)
             error = f"{type(failure).__name__}: {failure}"
@@ -241,10 +243,34 @@ class GroupRuntime:
             elif missing:
                 self._nacks += 1
             else:
-                self._counts[call.layer, request.expert_ids] += request.counts
+                self._tally(request)
                 self._pairs += call.pairs
                 self._busy_s += busy_ns * 1e-9
-                self._samples.append((call.pairs, call.experts, busy_ns * 1e-9))
+                self._timed(call.pairs, call.experts, busy_ns)
+
+    def _compute(self, request: Request) -> list[int]:
+        return self.shard.compute(
+            request.call.layer,
+            request.x,
+            torch.from_numpy(request.expert_ids),
+            torch.from_numpy(request.counts),
+            request.token_of_pair,
+            request.weights,
+            request.out,
+        )
+
+    def _tally(self, request: Request) -> None:
+        layer, _, _, experts, _, _ = request.call
+        if self._native is not None:  # 1 us where numpy's fancy += takes 4
+            row = self._counts_address + 8 * self.spec.experts * layer
+            self._native.tally(row, request.words_address, experts)
+        else:
+            self._counts[layer, request.expert_ids] += request.counts
+
+    def _timed(self, pairs: int, experts: int, busy_ns: int) -> None:
+        sample = pairs, experts, busy_ns * 1e-9
+        self._samples.append(sample)
+        self._fresh.append(sample)
 
     def _busy_ns(self, started_ns: int) -> int:
         busy_ns = time.perf_counter_ns() - started_ns
@@ -287,9 +313,7 @@ class GroupRuntime:
             self._counts[layer, joined.expert_ids] += joined.counts
             self._pairs += len(joined.token_of_pair)
             self._busy_s += busy_ns * 1e-9
-            self._samples.append(
-                (len(joined.token_of_pair), len(joined.expert_ids), busy_ns * 1e-9)
-            )
+            self._timed(len(joined.token_of_pair), len(joined.expert_ids), busy_ns)
 
     # --- copies to other groups ------------------------------------------------------------
 

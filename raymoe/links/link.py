@@ -36,10 +36,13 @@ from raymoe.links.protocol import (
     RequestArrays,
     RequestViews,
     Wire,
+    Words,
     as_tensor,
     reply_array,
     request_arrays,
+    request_rows,
     request_views,
+    rows_at,
 )
 
 EndpointKind = Literal["shm", "tcp", "inproc"]
@@ -196,20 +199,23 @@ class Link(Protocol):
 class Request:
     """One complete, authenticated, checked request in a group's hands.
 
-    The small arrays are private copies; `x` and `out` lie in the link's slot (shared memory: the
-    client's own). reply() or refuse() exactly once.
+    The small arrays are private copies, valid until the reply; `x` and `out` lie in the link's slot
+    (shared memory: the client's own). Views are made when asked for. reply() or refuse() exactly
+    once.
     """
 
-    __slots__ = ("_pairs", "arrived_s", "call", "header", "link_id", "out", "wire", "x")
+    __slots__ = (
+        "_out", "_pairs", "_regions", "_x", "arrived_s", "call", "header", "link_id",
+        "out_address", "wire", "words_address", "x_address",
+    )  # fmt: skip
 
     def __init__(
         self,
         link_id: int,
         header: Header,
         call: Call,
-        pairs: PairArrays,
-        x: NDArray[Any],
-        out: NDArray[Any],
+        words: Words,
+        regions: Regions,
         wire: Wire,
         arrived_s: float,
     ) -> None:
@@ -218,30 +224,77 @@ class Request:
         self.call = call
         self.wire = wire
         self.arrived_s = arrived_s  # time.monotonic()
-        self._pairs = pairs
-        self.x: torch.Tensor = as_tensor(x, wire)  # [N, D] wire dtype
-        self.out: torch.Tensor = as_tensor(out, wire)  # [N or P, D] wire dtype
+        self._regions = regions  # keeps the memory alive
+        self._pairs: PairArrays | Words = words
+        self._x: torch.Tensor | None = None
+        self._out: torch.Tensor | None = None
+        self.words_address = words.address  # expert_ids, counts, token_of_pair, weights
+        self.x_address = regions.request_address + rows_at(call)
+        self.out_address = regions.reply_address
+
+    @property
+    def x(self) -> torch.Tensor:
+        """[N, D] wire dtype."""
+        if self._x is None:
+            rows = request_rows(self._regions.request, self.call, self.wire)
+            self._x = as_tensor(rows, self.wire)
+        return self._x
+
+    @property
+    def out(self) -> torch.Tensor:
+        """[N or P, D] wire dtype, to be written."""
+        if self._out is None:
+            rows = reply_array(self._regions.reply, self.call.out_rows, self.wire)
+            self._out = as_tensor(rows, self.wire)
+        return self._out
+
+    @property
+    def pairs(self) -> PairArrays:
+        """The small arrays, host."""
+        if isinstance(self._pairs, Words):
+            self._pairs = self._pairs.arrays(self.call)
+        return self._pairs
 
     @property
     def expert_ids(self) -> NDArray[np.int32]:
         """[n], host."""
-        return self._pairs.expert_ids
+        return self.pairs.expert_ids
 
     @property
     def counts(self) -> NDArray[np.int32]:
         """[n] pairs of each expert, host; they sum to P."""
-        return self._pairs.counts
+        return self.pairs.counts
 
     @property
     def token_of_pair(self) -> torch.Tensor:
         """int32 [P], rows of x; pairs sorted by expert."""
-        return torch.from_numpy(self._pairs.token_of_pair)
+        return torch.from_numpy(self.pairs.token_of_pair)
 
     @property
     def weights(self) -> torch.Tensor | None:
         """float32 [P] in PARTIAL mode, None in ROWS mode."""
-        weights = self._pairs.weights
+        weights = self.pairs.weights
         return None if weights is None else torch.from_numpy(weights)
+
+
+class Regions:
+    """The memory of one slot at the group's end."""
+
+    __slots__ = ("reply", "reply_address", "request", "request_address", "words")
+
+    def __init__(self, request: NDArray[np.uint8], reply: NDArray[np.uint8]) -> None:
+        self.request, self.reply = request, reply
+        self.request_address: int = request.ctypes.data
+        self.reply_address: int = reply.ctypes.data
+        self.words = Words()  # of the request in it
+
+    def checked(self, call: Call, experts: int) -> Words:
+        """The small arrays of the request in this slot; FrameError when they are not well-formed.
+
+        The request before has been answered: its copy is not needed any more.
+        """
+        self.words = self.words.take(self.request, self.request_address, call, experts)
+        return self.words
 
 
 class LinkServer(Protocol):

@@ -26,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 
 from raymoe.errors import FrameError
+from raymoe.native import native
 
 PROTOCOL_VERSION = 1
 COMPATIBLE_VERSIONS = (1,)  # N talks to N-1; there is no version 0
@@ -282,27 +283,59 @@ class PairArrays(NamedTuple):
     weights: NDArray[np.float32] | None  # [P], PARTIAL only
 
 
+class Words:
+    """Room for the private copy of one slot's small arrays, used again for every request in it."""
+
+    __slots__ = ("address", "array")
+
+    def __init__(self, count: int = 0) -> None:
+        self.array: NDArray[np.int32] = np.empty(count, _i4)
+        self.address: int = self.array.ctypes.data
+
+    def take(self, region: NDArray[np.uint8], address: int, call: Call, experts: int) -> Words:
+        """Copy the small arrays out of a request region (at `address`) and check the copy.
+
+        A copy, because in shared memory the peer could still change what has been checked.
+        Returns these words, or larger ones. FrameError when an id is not below `experts`, a token
+        not below N, or the counts do not sum to P.
+        """
+        _, mode, tokens, n, pairs, _ = call
+        count = 2 * n + (2 * pairs if mode == PARTIAL else pairs)
+        words = self if len(self.array) >= count else Words(max(256, 2 * count))
+        functions = native()
+        if functions is None:
+            buffer: Any = region
+            words.array[:count] = np.ndarray((count,), _i4, buffer)
+        elif not functions.check(
+            words.address, address, n, pairs, tokens, experts, mode == PARTIAL
+        ):
+            return words
+        check_words(words.array, call, experts)
+        return words
+
+    def arrays(self, call: Call) -> PairArrays:
+        """Views of a copy that `take` has made."""
+        _, mode, _, n, pairs, _ = call
+        words, ends = self.array, 2 * n + pairs
+        weights = words[ends : ends + pairs].view(_f4) if mode == PARTIAL else None
+        return PairArrays(words[:n], words[n : 2 * n], words[2 * n : ends], weights)
+
+
 _FEW_WORDS = 128
 
 
-def checked_pairs(region: NDArray[np.uint8], call: Call, experts: int) -> PairArrays:
-    """Copy the small arrays out of a request region and check them.
-
-    A copy, because in shared memory the peer could still change what has been checked. FrameError
-    when an id is not below `experts`, a token not below N, or the counts do not sum to P.
-    """
-    _, mode, tokens, n, pairs, _ = call
+def check_words(words: NDArray[np.int32], call: Call, experts: int) -> None:
+    """Check the small arrays of a request, as they lie in its region; FrameError."""
+    _, _, tokens, n, pairs, _ = call
     ends = 2 * n + pairs
-    buffer: Any = region
-    words = np.ndarray((ends + pairs if mode == PARTIAL else ends,), _i4, buffer).copy()
+    unsigned = words[:ends].view(_u4)
     if ends <= _FEW_WORDS:  # Python's own max and sum: 2 us instead of 6
-        listed = words.view(_u4).tolist()
-        highest, token = max(listed[:n]), max(listed[2 * n : ends])
+        listed = unsigned.tolist()
+        highest, token = max(listed[:n]), max(listed[2 * n :])
         total = sum(listed[n : 2 * n])
     else:  # unsigned, so that one comparison also catches negative values
-        unsigned = words.view(_u4)
         highest = int(np.maximum.reduce(unsigned[:n]))
-        token = int(np.maximum.reduce(unsigned[2 * n : ends]))
+        token = int(np.maximum.reduce(unsigned[2 * n :]))
         total = int(np.add.reduce(unsigned[n : 2 * n], dtype=np.uint64))
     if highest >= experts:
         raise FrameError(f"expert {highest} of layer {call.layer} does not exist")
@@ -310,8 +343,11 @@ def checked_pairs(region: NDArray[np.uint8], call: Call, experts: int) -> PairAr
         raise FrameError(f"a pair names token {token} of {tokens}")
     if total != pairs:
         raise FrameError(f"the counts sum to {total}, not to the {pairs} pairs announced")
-    weights = words[ends:].view(_f4) if mode == PARTIAL else None
-    return PairArrays(words[:n], words[n : 2 * n], words[2 * n : ends], weights)
+
+
+def rows_at(call: Call) -> int:
+    """Offset of x in a request region."""
+    return _rows_at(call.experts, call.pairs, call.mode)
 
 
 def request_rows(region: NDArray[np.uint8], call: Call, wire: Wire) -> NDArray[Any]:

@@ -167,7 +167,7 @@ class Server:
         with self._lock:
             if link.closed:
                 return False
-            region = link.regions[header.slot][1]
+            region = link.regions[header.slot].reply
             if error is not None:
                 text = error.encode("utf-8", "replace")[:MAX_TEXT_BYTES]
                 kind, size = ERROR, len(text)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from raymoe.errors import FrameError
 from raymoe.links.handshake import Peer
-from raymoe.links.link import Request
+from raymoe.links.link import Regions, Request
 from raymoe.links.protocol import (
     DISPATCH,
     PING,
@@ -19,9 +19,6 @@ from raymoe.links.protocol import (
     Header,
     Wire,
     call_of,
-    checked_pairs,
-    reply_array,
-    request_rows,
 )
 
 
@@ -40,18 +37,9 @@ class Waiting:
     def request(self, experts: int) -> Request:
         """Check the payload and make the request. FrameError when it is not well-formed."""
         link, call = self.link, self.call
-        request, reply = link.regions[self.header.slot]
-        wire = link.wire
-        return Request(
-            link.id,
-            self.header,
-            call,
-            checked_pairs(request, call, experts),
-            request_rows(request, call, wire),
-            reply_array(reply, call.out_rows, wire),
-            wire,
-            self.arrived_s,
-        )
+        regions = link.regions[self.header.slot]
+        words = regions.checked(call, experts)
+        return Request(link.id, self.header, call, words, regions, link.wire, self.arrived_s)
 
 
 class ServerLink:
@@ -69,7 +57,7 @@ class ServerLink:
         self.sock = sock
         self.peer = peer
         self.wire = wire
-        self.regions = regions
+        self.regions = [Regions(request, reply) for request, reply in regions]
         self.busy = [False] * len(regions)  # received, and its reply not yet sent
         self.heard_s = time.monotonic()
         self.closed = False

@@ -190,7 +190,7 @@ class TcpServerLink(ServerLink):
                 inbox.reset()
                 return None
             self._arriving = header, call
-            inbox.expect(self.regions[header.slot][0].data[: header.payload_bytes])
+            inbox.expect(self.regions[header.slot].request.data[: header.payload_bytes])
         if not inbox.read_payload(READ_AT_ONCE_BYTES):
             return None
         assert self._arriving is not None
@@ -198,7 +198,7 @@ class TcpServerLink(ServerLink):
 
     def send(self, header: bytearray, slot: int, payload_bytes: int) -> None:
         """The slot is busy until its reply is out."""
-        payload = self.regions[slot][1].data[:payload_bytes]
+        payload = self.regions[slot].reply.data[:payload_bytes]
         if self._outbox.send(header, payload, slot):
             self.busy[slot] = False
         else:

@@ -30,6 +30,7 @@ class Native:
         self.cut = _function(handle, "raymoe_cut", _P, _P, _P, _I, _P, _I, _I, _I, _I, _I, _I)
         self.write = _function(handle, "raymoe_write", _P, _I, _P, _P, _P, _I)
         self.add = _function(handle, "raymoe_add", _P, _I, _P, _P, _I, _I, _I)
+        self.tally = _function(handle, "raymoe_tally", _P, _P, _I)
         self.check = _function(handle, "raymoe_check", _P, _P, _I, _I, _I, _I, _I)
 
 

@@ -173,3 +173,8 @@ int64_t raymoe_check(uint32_t *restrict words, const uint8_t *region, int64_t n,
     if ((int64_t)token >= tokens) return 2;
     return sum == (uint64_t)pairs ? 0 : 3;
 }
+
+/* Count the pairs of a message's runs: words are expert_ids [n] and counts [n], load int64 [E]. */
+void raymoe_tally(int64_t *load, const int32_t *words, int64_t n) {
+    for (int64_t i = 0; i < n; i++) load[words[i]] += words[n + i];
+}

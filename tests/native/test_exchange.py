@@ -13,7 +13,7 @@ from raymoe.client.batch import Batch
 from raymoe.dispatch import Message, count_experts, cut_messages
 from raymoe.errors import FrameError
 from raymoe.links.link import Slot
-from raymoe.links.protocol import PARTIAL, ROWS, Call, Wire, checked_pairs
+from raymoe.links.protocol import PARTIAL, ROWS, Call, Wire, Words, check_words
 from raymoe.native import native
 
 pytestmark = pytest.mark.skipif(native() is None, reason="no C compiler here")
@@ -179,10 +179,18 @@ def test_the_check_agrees_with_pythons(
         region[spoil[0]] = spoil[1]
     functions = native()
     assert functions is not None
-    copy = np.zeros(words, np.uint32)
+    copy = np.zeros(words, np.int32)
     found = functions.check(copy.ctypes.data, region.ctypes.data, n, pairs, 3, 6, mode == PARTIAL)
-    assert copy.tolist() == region.view(np.uint32).tolist()
-    assert WRONG[found] in refusal(region.view(np.uint8), call)
+    assert copy.tolist() == region.tolist()
+    assert WRONG[found] in refusal(region, call)
+    raw = region.view(np.uint8)
+    if found:
+        with pytest.raises(FrameError, match=WRONG[found]):
+            Words().take(raw, raw.ctypes.data, call, 6)
+    else:
+        arrays = Words().take(raw, raw.ctypes.data, call, 6).arrays(call)
+        parts = [part.view(np.int32) for part in arrays if part is not None]
+        assert np.concatenate(parts).tolist() == region.tolist()
 
 
 WRONG = {0: "fine", 1: "expert", 2: "token", 3: "counts sum"}
@@ -190,7 +198,7 @@ WRONG = {0: "fine", 1: "expert", 2: "token", 3: "counts sum"}
 
 def refusal(region: np.ndarray, call: Call) -> str:
     try:
-        checked_pairs(region, call, 6)
+        check_words(region, call, 6)
     except FrameError as error:
         return str(error)
     return "fine"
