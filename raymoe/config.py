@@ -104,6 +104,9 @@ class RoutersConfig(_Checked):
     block_tokens: int = Field(16, ge=1, le=1024, description="tokens a KV block holds")
     max_batch: int = Field(64, ge=1, description="requests in one step at most")
     chunk_tokens: int = Field(512, ge=1, description="prefill tokens in one step at most")
+    prefix_cache: bool = Field(
+        True, description="requests whose prompts begin alike share KV blocks of the beginning"
+    )
     max_context_tokens: int | None = Field(
         None, ge=1, description="context limit; none: the model's own"
     )
@@ -119,9 +122,6 @@ class GatewayConfig(_Checked):
         "/",
         description="path before /v1 and all other routes; several deployments of one cluster "
         "need different ones",
-    )
-    prefix_cache: bool = Field(
-        True, description="requests whose prompts begin alike share KV blocks of the beginning"
     )
     count: int = Field(1, ge=1, le=256, description="gateway replicas")
     num_cpus: float = Field(0.5, ge=0, description="Ray CPUs a gateway asks for")
