@@ -187,6 +187,7 @@ class Reconciler:
                 self._target = _observed(snapshot)  # a restarted controller goes on from here
             elif not forecast.load.any():
                 self._target = place_at_start(fleet, experts=snapshot.ready.shape[1])
+                self._explain_new(fleet, snapshot.ready, "placed at start, by bytes and speed")
                 return
         if trigger == "groups" and not forecast.load.any():
             forecast = _uniform(fleet, snapshot.ready.shape[1])  # so that a new group gets its part
@@ -238,7 +239,14 @@ class Reconciler:
             share = np.where(held.any(2, keepdims=True), self._target.share, filled.share)
             self._target = Placement(resident=filled.resident, share=share)
             self.converger.new_target()
+            self._explain_new(fleet, held, "restored: no group that is left had it")
             self.events.append(f"{int(added.sum())} experts restored, reserves included")
+
+    def _explain_new(self, fleet: Fleet, before: Bools, why: str) -> None:
+        """One reason for all replicas of the target that are not in `before`."""
+        assert self._target is not None
+        added = np.argwhere(self._target.resident & ~before).tolist()
+        self.converger.reasons = {(la, e, fleet.ids[g]): why for la, e, g in added}
 
     def _adopt_plan(self, plan: Plan, fleet: Fleet, now: float, trigger: str) -> None:
         old = self._target

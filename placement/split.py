@@ -4,10 +4,10 @@ The router knows a batch's counts before it sends anything, so it can level the 
 very batch. Minimises max_g alpha_g + n_g / speed_g + gamma_g * a_g (n_g pairs, a_g active
 experts); a further replica of an expert is opened only where that brings the slowest group down.
 
-Few replicated experts: exact steps in scalars, one expert at a time with the others fixed (a
-numpy call costs as much as a whole step, so the loop is over those few experts, in lists). Many:
-whole arrays; flows between groups that level all of them at once come from one small linear
-system (damped Newton steps, placement/level.py), then a few scalar steps on the slowest group.
+Experts one after the other, those on few groups first and of those the busy ones first (longest
+processing time): whole to the group that would end first, or cut where no split of the batch
+could end sooner. Then tokens of the slowest group move on until it ends there too
+(placement/even.py). All of it in scalars: an array call costs as much as a whole step.
 """
 
 from __future__ import annotations
@@ -15,15 +15,11 @@ from __future__ import annotations
 import numpy as np
 
 from placement.errors import PlacementError
-from placement.level import Leveller
+from placement.even import Ways, even_out
 from placement.table import Table
 from placement.types import Bools, Floats, Ints
 
-_SWEEPS = 4
-_CLOSE = 1.004  # stop within 0.4 % of the bound: a further step costs more than it gains
-_STILL = 0.998  # a sweep that lowers the slowest group by less is the last
-_FEW = 12  # replicated experts up to which scalar steps are faster than whole arrays
-_FIXES = 12  # scalar steps after rounding
+_CLASS = 1 << 40  # more tokens than a batch has: experts sort by copies first
 
 
 class LayerSplit:
@@ -39,7 +35,7 @@ class LayerSplit:
     ) -> None:
         """resident bool [E, G] (ready replicas); speed, alpha_s, gamma_s float64 [G].
 
-        share  float64 [E, G], where the array form starts from; None: by speed.
+        share  float64 [E, G], the plan's; not needed any more.
         """
         copies = resident.sum(1)
         self.experts, self.groups = resident.shape
@@ -47,31 +43,29 @@ class LayerSplit:
         self.home: Ints = np.where(copies > 0, first, -1)  # [E]
         self._single = np.flatnonzero(copies == 1)
         self._single_home = self.home[self._single]
+        self._single_cell = self._single * self.groups + self._single_home
+        # seconds that a pair, and an active expert, of each single puts on each group
+        at_home = np.arange(self.groups) == self._single_home[:, None]
+        self._single_s = at_home / speed
+        self._single_open_s = at_home * gamma_s
         self._missing = np.flatnonzero(copies == 0)
-        # fewest copies first: what can go anywhere then levels what cannot
-        self._replicated = np.argsort(copies, kind="stable")[int((copies < 2).sum()) :]
-        self._per_pair = 1.0 / speed
-        self._speed = speed
-        self._alpha_s, self._gamma = alpha_s, gamma_s
+        self._replicated = np.flatnonzero(copies > 1)
+        self._class = copies[self._replicated].astype(np.int64) * _CLASS
+        self._speed, self._alpha_s = speed, alpha_s
         self._rate = float(speed.sum())
-        self._per_pair_s: list[float] = self._per_pair.tolist()
-        self._gamma_s: list[float] = gamma_s.tolist()
         self._priced = bool(gamma_s.any())
-        self._hosts: list[list[int]] = [
-            np.flatnonzero(resident[e]).tolist() for e in self._replicated
+        # what opening the cheapest replica takes, in pairs: every active expert is open somewhere
+        self._knee = float((gamma_s * speed).min())
+        hosts = [np.flatnonzero(resident[e]).tolist() for e in self._replicated]
+        rows = self._replicated.tolist()
+        per: list[float] = (1.0 / speed).tolist()
+        gamma: list[float] = gamma_s.tolist()
+        groups = self.groups
+        self._hosts = [
+            [(g, row * groups + g, per[g], gamma[g]) for g in own]
+            for row, own in zip(rows, hosts, strict=True)
         ]
-        per, gamma = self._per_pair_s, self._gamma_s
-        self._two = [(a, b, per[a], per[b], gamma[a], gamma[b]) for a, b in self._pairs()]
-        self._twos = len(self._two)  # they come first
-        self._leveller = None
-        if len(self._replicated) > _FEW:
-            mask = resident[self._replicated]
-            start = mask * speed if share is None else share[self._replicated]
-            self._leveller = Leveller(mask, start, speed)
-            self._on_group = [np.flatnonzero(mask[:, g]).tolist() for g in range(self.groups)]
-
-    def _pairs(self) -> list[tuple[int, int]]:
-        return [(hosts[0], hosts[1]) for hosts in self._hosts if len(hosts) == 2]
+        self._ways = Ways.of(rows, hosts, per, gamma)
 
     def split(self, counts: Ints) -> Ints:
         """counts int64 [E] -> int64 [E, G]; rows sum to counts, only on ready replicas.
@@ -82,185 +76,92 @@ class LayerSplit:
             lost = self._missing[counts[self._missing] > 0]
             raise PlacementError(f"experts {lost.tolist()} have tokens and no ready replica")
         out = np.zeros((self.experts, self.groups), np.int64)
+        flat = out.reshape(-1)
         fixed = counts[self._single]
-        out[self._single, self._single_home] = fixed
+        flat[self._single_cell] = fixed
         if not len(self._replicated):
             return out
         tokens = counts[self._replicated]
-        total = int(tokens.sum())
+        order = (self._class - tokens).argsort().tolist()
+        given = tokens.tolist()
+        total = sum(given)
         if not total:
             return out
-        pairs = np.bincount(self._single_home, fixed, self.groups)
-        level_s = self._alpha_s + pairs * self._per_pair
+        level_s = fixed @ self._single_s
+        level_s += self._alpha_s
         if self._priced:
-            used = self._single_home[fixed > 0]
-            level_s = level_s + self._gamma * np.bincount(used, minlength=self.groups)
-        # no split ends below this: all groups level, no further replica opened
-        bound = max(float((level_s @ self._speed + total) / self._rate), float(level_s.max()))
-        if self._leveller is None:
-            self._pour(out, tokens.tolist(), level_s.tolist(), bound)
-        else:
-            self._level(out, tokens, level_s, bound)
+            level_s += (fixed > 0) @ self._single_open_s
+        levels = level_s.tolist()
+        # no split ends below this: all groups level, every active expert open once
+        least = total + self._knee * (len(given) - given.count(0)) if self._priced else total
+        bound = max((float(level_s @ self._speed) + least) / self._rate, max(levels))
+        cells = flat.data
+        self._place(cells, levels, given, order, bound)
+        even_out(cells, levels, self._ways, bound)
         return out
 
-    # -- few replicated experts --------------------------------------------------------------
-
-    def _pour(self, out: Ints, tokens: list[int], levels: list[float], bound: float) -> None:
-        poured: list[list[int] | None] = [None] * len(tokens)
-        active = [i for i, n in enumerate(tokens) if n]
-        enough = bound * _CLOSE
-        last = float("inf")
-        for _ in range(_SWEEPS):
-            for i in active:
-                if i < self._twos:
-                    poured[i] = self._pour_two(levels, i, tokens[i], poured[i], bound)
-                else:
-                    hosts = self._hosts[i]
-                    poured[i] = self._pour_many(levels, hosts, tokens[i], poured[i], bound)
-            top = max(levels)
-            if top <= enough or top > last * _STILL:
-                break
-            last = top
-        for i in active:
-            parts = poured[i]
-            assert parts is not None
-            out[self._replicated[i], self._hosts[i]] = parts
-
-    def _pour_two(
-        self, levels: list[float], i: int, tokens: int, before: list[int] | None, bound: float
-    ) -> list[int]:
-        """Take one expert's tokens out of `levels` and pour them back over its two groups."""
-        a, b, per_a, per_b, open_a, open_b = self._two[i]
-        low_a, low_b = levels[a], levels[b]
-        if before is not None:
-            on_a, on_b = before
-            if on_a:
-                low_a -= on_a * per_a + open_a
-            if on_b:
-                low_b -= on_b * per_b + open_b
-        base_a, base_b = low_a + open_a, low_b + open_b
-        all_a, all_b = base_a + tokens * per_a, base_b + tokens * per_b
-        on_a, best = (tokens, all_a) if all_a <= all_b else (0, all_b)
-        if best > bound:
-            cut = int((all_b - base_a) / (per_a + per_b) + 0.5)
-            if 0 < cut < tokens:
-                end_a, end_b = base_a + cut * per_a, base_b + (tokens - cut) * per_b
-                if end_a < best and end_b < best:
-                    levels[a], levels[b] = end_a, end_b
-                    return [cut, tokens - cut]
-        if on_a:
-            levels[a], levels[b] = all_a, low_b
-            return [tokens, 0]
-        levels[a], levels[b] = low_a, all_b
-        return [0, tokens]
-
-    def _pour_many(
+    def _place(
         self,
+        cells: memoryview,
         levels: list[float],
-        hosts: list[int],
-        tokens: int,
-        before: list[int] | None,
+        tokens: list[int],
+        order: list[int],
         bound: float,
-    ) -> list[int]:
-        """The same over any number of groups: open the lowest ones while that lowers the end."""
-        per_pair, gamma = self._per_pair_s, self._gamma_s
-        if before is not None:
-            for g, n in zip(hosts, before, strict=True):
-                if n:
-                    levels[g] -= n * per_pair[g] + gamma[g]
-        lows = [levels[g] + gamma[g] for g in hosts]
-        pers = [per_pair[g] for g in hosts]
-        ends = [low + tokens * per for low, per in zip(lows, pers, strict=True)]
-        best = min(ends)
-        parts = [0] * len(hosts)
-        parts[ends.index(best)] = tokens
-        if tokens > 1 and best > bound:
-            rate = weight = 0.0
-            opened: list[int] = []
-            for j in sorted(range(len(hosts)), key=lows.__getitem__):
-                if opened and lows[j] >= (tokens + weight) / rate:
-                    break
-                rate += 1.0 / pers[j]
-                weight += lows[j] / pers[j]
-                opened.append(j)
-            if len(opened) > 1:
-                tried = _whole(opened, lows, pers, (tokens + weight) / rate, tokens)
-                if max(lows[j] + n * pers[j] for j, n in enumerate(tried) if n) < best:
-                    parts = tried
-        for g, n in zip(hosts, parts, strict=True):
-            if n:
-                levels[g] += n * per_pair[g] + gamma[g]
-        return parts
+    ) -> None:
+        """Each expert whole to where it ends first, unless that is beyond the bound."""
+        far = float("inf")
+        for i in order:
+            n = tokens[i]
+            if not n:
+                continue
+            hosts = self._hosts[i]
+            if len(hosts) == 2:  # the usual case: half the time unrolled
+                (group, cell, per, opens), (g, at, per_2, opens_2) = hosts
+                best = levels[group] + n * per + opens
+                end = levels[g] + n * per_2 + opens_2
+                if end < best:
+                    best, group, cell = end, g, at
+            else:
+                best, group, cell = far, -1, -1
+                for g, at, per, opens in hosts:
+                    end = levels[g] + n * per + opens
+                    if end < best:
+                        best, group, cell = end, g, at
+            if best <= bound:
+                cells[cell] = n
+                levels[group] = best
+            else:
+                self._cut(cells, levels, i, n, bound)
 
-    # -- many replicated experts -------------------------------------------------------------
-
-    def _level(self, out: Ints, tokens: Ints, level_s: Floats, bound: float) -> None:
-        assert self._leveller is not None
-        cut = self._leveller.level(tokens, level_s, bound)  # [R, G]
-        if self._priced:
-            self._gather(cut)
-        level_s = level_s + cut.sum(0) * self._per_pair
-        if self._priced:
-            level_s = level_s + self._gamma * (cut > 0).sum(0)
-        self._fix(cut, level_s.tolist(), bound * _CLOSE)
-        out[self._replicated] = cut
-
-    def _gather(self, cut: Ints) -> None:
-        """Pieces too small to pay for reading the weights join their expert's largest piece."""
-        knee = self._gamma * self._speed  # tokens that take as long as opening a replica
-        largest = cut.argmax(1)
-        row = np.arange(len(cut))
-        small = (cut > 0) & (cut < knee)
-        small[row, largest] = False
-        moved = np.where(small, cut, 0).sum(1)
-        cut[small] = 0
-        cut[row, largest] += moved
-
-    def _fix(self, cut: Ints, levels: list[float], enough: float) -> None:
-        """Whole tokens from the slowest group to where they end lower, a few times."""
-        per_pair, gamma, hosts = self._per_pair_s, self._gamma_s, self._hosts
-        for _ in range(_FIXES):
-            top = max(levels)
-            if top <= enough:
+    def _cut(
+        self, cells: memoryview, levels: list[float], i: int, tokens: int, bound: float
+    ) -> None:
+        """Fill the expert's groups up to the bound, lowest first; the rest where it ends first."""
+        hosts = self._hosts[i]
+        if len(hosts) > 2:
+            hosts = sorted(hosts, key=lambda host: levels[host[0]])
+        elif levels[hosts[0][0]] > levels[hosts[1][0]]:
+            hosts = hosts[::-1]
+        left = tokens
+        for g, cell, per, opens in hosts:
+            n = int((bound - levels[g] - opens) / per)
+            if n < 1 or n * per < opens:
+                continue  # no room, or less than opening the replica there takes
+            n = min(n, left)
+            cells[cell] = n
+            levels[g] += n * per + opens
+            left -= n
+            if not left:
                 return
-            g = levels.index(top)
-            best, found = top, None
-            pieces = cut[:, g].tolist()
-            for i in self._on_group[g]:
-                have = pieces[i]
-                if not have:
-                    continue
-                for h in hosts[i]:
-                    gap = top - levels[h]
-                    n = min(have, int(gap / (per_pair[g] + per_pair[h])) or 1)
-                    opens = gamma[h] if gamma[h] and not cut[i, h] else 0.0
-                    end = max(top - n * per_pair[g], levels[h] + n * per_pair[h] + opens)
-                    if h != g and end < best:
-                        best, found = end, (i, h, n, opens)
-            if found is None:
-                return
-            i, h, n, opens = found
-            cut[i, g] -= n
-            cut[i, h] += n
-            levels[g] -= n * per_pair[g] + (gamma[g] if not cut[i, g] else 0.0)
-            levels[h] += n * per_pair[h] + opens
-
-
-def _whole(
-    opened: list[int], lows: list[float], pers: list[float], end: float, tokens: int
-) -> list[int]:
-    """Whole tokens for the opened hosts near level `end`; the rest where it ends lowest."""
-    parts = [0] * len(lows)
-    left = tokens
-    for j in opened:
-        n = min(left, max(0, int((end - lows[j]) / pers[j])))
-        parts[j] = n
-        left -= n
-    while left:
-        j = min(opened, key=lambda k: lows[k] + (parts[k] + 1) * pers[k])
-        parts[j] += 1
-        left -= 1
-    return parts
+        best, found = float("inf"), hosts[0]
+        for host in hosts:
+            g, cell, per, opens = host
+            end = levels[g] + left * per + (0.0 if cells[cell] else opens)
+            if end < best:
+                best, found = end, host
+        g, cell, _, _ = found
+        cells[cell] += left
+        levels[g] = best
 
 
 class TableSplit:

@@ -155,3 +155,45 @@ def test_near_the_best_of_all_integer_splits(data):
     best = min(slowest(np.array(c), speed, gamma=gamma) for c in itertools.product(*choices))
     token = 1 / speed.min() + gamma[0]  # one step at a time may end one token (and one run) off
     assert slowest(parts, speed, gamma=gamma) <= best + token + 1e-9
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.integers(3, 7))
+def test_tokens_are_pushed_along_chains_of_groups(seed, groups):
+    """Expert g lives on groups g and g + 1 only: levelling has to go through every group."""
+    rng = np.random.default_rng(seed)
+    resident = np.zeros((2 * groups - 1, groups), bool)
+    for g in range(groups):
+        resident[g, g] = True
+    for g in range(groups - 1):
+        resident[groups + g, [g, g + 1]] = True
+    counts = np.append(rng.integers(0, 2000, groups), np.full(groups - 1, 500))
+    speed = rng.choice([0.5, 1.0], groups)
+    parts = prepared(resident, speed).split(counts)
+    best = lp_optimum(resident, counts, speed)
+    assert slowest(parts, speed) <= best * 1.004 + groups / speed.min()
+
+
+def test_small_batches_close_experts_rather_than_wait():
+    """Few tokens and dear weights: an expert moves as a whole when that ends sooner."""
+    rng = np.random.default_rng(5)
+    worst = []
+    for _ in range(40):
+        resident = random_layer(rng, 5, 3, 6)
+        counts = rng.integers(0, 4, 5)
+        layer = prepared(resident, gamma=np.full(3, 8.0))
+        best = min(
+            slowest(np.array(c), np.ones(3), gamma=8.0)
+            for c in itertools.product(
+                *[
+                    [
+                        c
+                        for c in itertools.product(range(n + 1), repeat=3)
+                        if sum(c) == n and not any(x and not r for x, r in zip(c, row, strict=True))
+                    ]
+                    for n, row in zip(counts, resident, strict=True)
+                ]
+            )
+        )
+        worst.append(slowest(layer.split(counts), np.ones(3), gamma=8.0) / max(best, 1e-9))
+    assert np.mean(worst) < 1.05
