@@ -179,13 +179,13 @@ PLACEMENT = (
     _counter(
         "migrations_total",
         "replicas",
-        "Copies and loads of experts while serving, that ended well.",
+        "Replicas brought to a group, from another group or from the checkpoint.",
+        "source",
     ),
-    _counter("migrated_bytes_total", "bytes", "Bytes of those."),
-    _counter("migration_seconds_total", "s", "From asking for a replica to having it, summed."),
-    _counter(
-        "plans_total", "plans", "Plans that changed something, by what called for them.", "trigger"
-    ),
+    _counter("migrated_bytes_total", "bytes", "Bytes of those.", "source"),
+    _counter("migration_seconds_total", "s", "From asking for replicas to their arrival, summed."),
+    _counter("migrations_failed_total", "replicas", "Replicas that could not be brought."),
+    _counter("plans_total", "plans", "Plans that changed something, by their cause.", "trigger"),
     _gauge("plan_seconds", "s", "Loading time the last plan asked for."),
     _gauge("plan_gain_predicted", "part", "Part of the layers' time the last plan was to save."),
     _gauge("plan_gain_realised", "part", "The same, from the counts after the last judged plan."),
