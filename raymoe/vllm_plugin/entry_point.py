@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-OLDEST, NEWEST = (0, 31), (0, 33)
+OLDEST, NEWEST = (0, 29), (0, 33)
 """vLLM's minor versions whose signatures the contract tests have been held against."""
 
 log = logging.getLogger(__name__)

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
-from vllm import envs
+from vllm import __version_tuple__, envs
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.platforms import current_platform
 
 from raymoe.checkpoint.reader import read_spec
 from raymoe.checkpoint.spec import ModelSpec
@@ -24,7 +25,7 @@ from raymoe.vllm_plugin.dense import dense_weights
 from raymoe.vllm_plugin.layers import RemoteRoutedExperts, built_over
 from raymoe.vllm_plugin.remote import RemoteExperts
 from raymoe.vllm_plugin.settings import read_settings
-from raymoe.vllm_plugin.supported import check_config, check_family
+from raymoe.vllm_plugin.supported import check_config, check_family, check_version
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class RemoteExpertsLoader(DefaultModelLoader):  # type: ignore[misc]
     def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> nn.Module:
         """vLLM's entry: checks, connects, builds without experts, reads the dense weights."""
         settings = read_settings(vllm_config.additional_config)
+        check_version(__version_tuple__[:2], current_platform.device_type)
         check_config(vllm_config, settings.stall_limit_s, envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS)
         self._spec = spec = read_spec(model_config.model)
         check_family(spec)

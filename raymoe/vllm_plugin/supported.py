@@ -16,6 +16,8 @@ OWN_EXPERTS_CLASSES = frozenset(
         "DbrxExperts",
         "TransformersRoutedExperts",
         "DeepseekV4HeterogeneousSharedRoutedExperts",
+        "MuseSparkConsolidatedRoutedExperts",
+        "SubstitutedRoutedExperts",  # constant stand-ins for pruned experts
     }
 )
 """vLLM's subclasses of RoutedExperts, which our layer does not replace; none is in FAMILIES."""
@@ -78,6 +80,15 @@ def check_config(config: Any, stall_limit_s: float, step_timeout_s: float) -> No
     for refused, sentence in wrong:
         if refused:
             raise ConfigError(f"load_format='raymoe' does not go with {sentence}")
+
+
+def check_version(version: tuple[int, int], device: str) -> None:
+    """Raises ConfigError for a vLLM that can run the plugin on a GPU only."""
+    if device == "cpu" and version < (0, 31):
+        raise ConfigError(
+            f"load_format='raymoe' on a CPU needs vLLM 0.31 or newer, this is {version[0]}."
+            f"{version[1]}: it cannot choose experts there without computing them"
+        )
 
 
 def check_family(spec: ModelSpec) -> None:
