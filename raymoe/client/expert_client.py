@@ -180,7 +180,7 @@ class ExpertClient:
             assert routes is not None
             if batch.open_pairs:
                 self._sender.send(batch, routes, self._load)
-        self.stats.dispatch_s += _clock() - started
+        self.stats.dispatched(layer, _clock() - started)
         return batch
 
     def combine(self, batch: Batch) -> torch.Tensor:
@@ -207,9 +207,7 @@ class ExpertClient:
                         self._sender.finish(batch)
             return batch.result()
         finally:
-            self.stats.wait_s += waited_s
-            self.stats.combine_s += _clock() - started - waited_s
-            self.stats.batches += 1
+            self.stats.combined(batch.layer, waited_s, _clock() - started - waited_s)
 
     def close(self) -> None:
         """Close every link and end every thread."""

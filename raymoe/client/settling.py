@@ -67,7 +67,7 @@ class Settler:
             connection.queued_pairs = header.queued_pairs
             took_s = _now() - attempt.sent_s
             connection.patience.observe(pairs, header.busy_ns * 1e-9, took_s)
-            self._stats.answered(connection.group_id, took_s)
+            self._stats.answered(connection.group_id, took_s, pairs, header.busy_ns * 1e-9)
             connection.samples.append((pairs, message.expert_count, header.busy_ns))
             if not batch.abandoned:
                 if not batch.add_at(message, slot.reply_address):
