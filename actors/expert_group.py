@@ -5,23 +5,28 @@ Imports torch and safetensors, never transformers: a group starts fast and stays
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
+import time
 from typing import Any
 
 import ray
 import torch
 
+from actors.lease import Lease
 from raymoe.checkpoint.record import check_files, close_files
 from raymoe.checkpoint.spec import ModelSpec
 from raymoe.config import DeploymentConfig, read_secret
-from raymoe.errors import ConfigError
+from raymoe.errors import ConfigError, LinkError, PeerLost
 from raymoe.experts.shard import ExpertShard
 from raymoe.group import GroupRuntime
 from raymoe.identity import identity_of
 from raymoe.links.link import SlotTerms
 from raymoe.links.server import ServerConfig
 from raymoe.table import GroupEndpoint
+
+log = logging.getLogger("raymoe.expert_group")
 
 
 class ExpertGroup:
@@ -48,6 +53,7 @@ class ExpertGroup:
             raise ConfigError(f"group {group_id}: device {device!r} is not to be had here")
         check_files(spec)  # this node's copy must be the checkpoint the others serve
         self._ended = threading.Event()
+        self._term = 0  # of the newest controller heard of
         self._node, address = _where()
         self._runtime = GroupRuntime(
             spec,
@@ -62,15 +68,23 @@ class ExpertGroup:
         )
         # once, before there is traffic to be held up or to bend the figure
         self._speed = 64 / self._runtime.measure_speed().seconds(64, 8)
+        self._lease = Lease(checked.placement.orphan_ttl_s, _end_process)
 
-    def ping(self) -> None:
-        """Answers: this process is not hung."""
+    def ping(self, term: int) -> dict[str, Any]:
+        """Answers: this process is not hung. What it has done since the last ping:
+        {"samples": [(pairs, active experts, busy seconds)], "queued_pairs"}."""
+        self._obey(term)
+        return {
+            "samples": self._runtime.take_samples(),
+            "queued_pairs": self._runtime.server.queued()[0],
+        }
 
     def describe(self) -> dict[str, Any]:
         """Who and where this group is, how fast, and what it holds already.
 
         `speed` is pairs/s of a message of 64 pairs over 8 experts: what decoding mostly sends.
         """
+        self._lease.renew()
         report = self._runtime.report()
         return {
             "endpoint": self._runtime.endpoint().to_dict(),
@@ -81,25 +95,58 @@ class ExpertGroup:
             "resident_bytes": report.resident_bytes,
         }
 
-    def load(self, pairs: list[tuple[int, int]]) -> int:
-        """Loads replicas (layer, expert) from the checkpoint; the bytes then resident."""
+    def bring(
+        self,
+        pairs: list[tuple[int, int]],
+        source: dict[str, Any] | None,
+        limit_bytes_per_s: float | None,
+        term: int,
+    ) -> dict[str, Any]:
+        """Replicas (layer, expert) from another group's memory, or from the checkpoint when
+        `source` is None. What fails leaves nothing behind and does not stop the rest, unless the
+        source is gone.
+
+        {"resident_bytes": then resident, "failed": [(layer, expert, why)]}
+        """
+        self._obey(term)
+        endpoint = None if source is None else GroupEndpoint.from_dict(source)
+        failed: list[tuple[int, int, str]] = []
+        lost = ""
         for layer, expert in pairs:
-            self._runtime.add_from_checkpoint(layer, expert)
+            try:
+                if lost:
+                    raise PeerLost("the group it is copied from", lost)
+                self._bring_one(layer, expert, endpoint, limit_bytes_per_s)
+            except Exception as e:  # the controller decides what becomes of it
+                failed.append((layer, expert, str(e)))
+                lost = str(e) if isinstance(e, LinkError) else ""
         close_files()  # their pages would count as this process's memory
-        return self._runtime.shard.resident_bytes
+        return {"resident_bytes": self._runtime.shard.resident_bytes, "failed": failed}
 
-    def copy(self, pairs: list[tuple[int, int]], source: dict[str, Any]) -> int:
-        """Copies replicas from another group's memory; the bytes then resident."""
-        endpoint = GroupEndpoint.from_dict(source)
-        for layer, expert in pairs:
-            self._runtime.add_from_peer(layer, expert, endpoint)
-        return self._runtime.shard.resident_bytes
+    def _bring_one(
+        self, layer: int, expert: int, source: GroupEndpoint | None, limit: float | None
+    ) -> None:
+        if source is not None:
+            self._runtime.add_from_peer(layer, expert, source, limit_bytes_per_s=limit)
+            return
+        before, started_s = self._runtime.shard.resident_bytes, time.monotonic()
+        self._runtime.add_from_checkpoint(layer, expert)
+        if limit is not None:
+            loaded = self._runtime.shard.resident_bytes - before
+            self._ended.wait(max(loaded / limit - (time.monotonic() - started_s), 0.0))
 
-    def drop(self, pairs: list[tuple[int, int]]) -> int:
-        """Frees replicas; the bytes then resident."""
+    def drop(self, pairs: list[tuple[int, int]], term: int) -> dict[str, Any]:
+        """Frees replicas: {"resident_bytes": then resident, "failed": []}."""
+        self._obey(term)
         for layer, expert in pairs:
             self._runtime.drop(layer, expert)
-        return self._runtime.shard.resident_bytes
+        return {"resident_bytes": self._runtime.shard.resident_bytes, "failed": []}
+
+    def set_slowdown(self, factor: float) -> None:
+        """For tests: from now on every message takes `factor` times as long."""
+        if not factor >= 1.0:
+            raise ConfigError(f"slowdown is {factor}; it must be 1 or more")
+        self._runtime.slowdown = factor
 
     def report(self) -> dict[str, Any]:
         """Counts, timings and bytes since the start (`raymoe.group.GroupReport`)."""
@@ -109,8 +156,16 @@ class ExpertGroup:
         """Returns when the group is closed. A caller left waiting learns of a death at once."""
         self._ended.wait()
 
+    def _obey(self, term: int) -> None:
+        """A controller of this term asks: refused when there is a newer one. Renews the lease."""
+        if term < self._term:
+            raise ConfigError(f"a controller of term {self._term} is in charge, not {term}")
+        self._term = term
+        self._lease.renew()
+
     def close(self) -> None:
         """Ends every link and the compute thread."""
+        self._lease.close()
         self._runtime.close()
         self._ended.set()
 
@@ -127,6 +182,12 @@ def server_config(config: DeploymentConfig, node_address: str) -> ServerConfig:
             reply_bytes=plane.slot_bytes,
         ),
     )
+
+
+def _end_process() -> None:
+    """Nobody has asked after this group for long: its deployment is gone."""
+    log.warning("no controller has asked after this expert group: it ends")
+    os._exit(1)
 
 
 def _where() -> tuple[str, str]:

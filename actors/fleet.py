@@ -13,47 +13,54 @@ import numpy.typing as npt
 import ray
 from ray.actor import ActorHandle
 
-from placement.types import GroupSpec
 from raymoe.config import GroupsConfig
 from raymoe.table import GroupEndpoint
 
 Bools = npt.NDArray[np.bool_]
+Sample = tuple[int, int, float]  # pairs, active experts, busy seconds
 
-STARTING, LOADING, READY, LOST = "starting", "loading", "ready", "lost"
+PENDING, STARTING, LOADING, READY = "pending", "starting", "loading", "ready"
+LOST, DRAINING, DRAINED = "lost", "draining", "drained"
 
 
 @dataclass
 class LiveGroup:
     """One expert group as the controller knows it. All arrays are bool [L, E].
 
-    `assigned`: what it is to hold; `resident`: what it said is loaded and checked; `borrowed`: the
-    part of `assigned` that it holds for a group that is gone. A new life of the group has a higher
-    `incarnation` and a new actor. Times are monotonic seconds.
+    `resident`: what it said is loaded and checked; `loading`: what it was asked for and has not
+    answered yet. A new life of the group has a higher `incarnation` and a new actor. Times are
+    monotonic seconds.
     """
 
     id: str
     kind: GroupsConfig
     memory_bytes: int
     incarnation: int
-    assigned: Bools
     resident: Bools
-    borrowed: Bools
+    loading: Bools
     actor: ActorHandle | None = None
     endpoint: GroupEndpoint | None = None
     state: str = STARTING
+    draining: bool = False
     node: str = ""
     pid: int = 0
-    pairs_per_s: float = 0.0  # as it measured itself
-    speed: float = 1.0  # relative to the fastest group at start
+    pairs_per_s: float = 0.0  # as it measured itself when it started
+    speed: float = 1.0  # relative, as it is planned with
     resident_bytes: int = 0
+    queued_pairs: int = 0
+    samples: list[Sample] = field(default_factory=list)  # not looked at yet
     deaths: int = 0
     deaths_in_a_row: int = 0  # without having been ready in between
     load_failures: int = 0  # in this life
     last_error: str = ""
+    was_up: bool = False  # in some life
+    spawned_s: float = field(default_factory=time.monotonic)
+    looked_s: float = -math.inf  # when it was last looked whether it is pending
     heard_s: float = field(default_factory=time.monotonic)
     gone_since_s: float | None = None  # since when it has not been up
-    retry_at_s: float | None = None  # when the next life, or the next load, is to start
-    busy: bool = False  # a load or drop is under way
+    retry_at_s: float | None = None  # when the next life is to start
+    bringing: bool = False  # loads are under way
+    dropping: bool = False  # drops are under way
     pinged: bool = False  # a ping is under way
     pinged_at_s: float = -math.inf  # when the last one was sent
 
@@ -63,19 +70,9 @@ class LiveGroup:
         return self.state in (LOADING, READY)
 
     @property
-    def serving(self) -> Bools:
-        """Replicas that may be in the table."""
-        return self.resident & self.assigned
-
-    def spec(self) -> GroupSpec:
-        """What the planner needs to know of it."""
-        return GroupSpec(
-            id=self.id,
-            node=self.node or "unknown",
-            memory_bytes=self.memory_bytes,
-            speed=self.speed,
-            kind=self.kind.kind,
-        )
+    def shown_state(self) -> str:
+        """The state as operators see it."""
+        return DRAINING if self.up and self.draining else self.state
 
 
 class Calls:

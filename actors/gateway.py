@@ -14,9 +14,10 @@ from fastapi.responses import JSONResponse, Response
 from actors.controller import find_controller
 from actors.metrics import StatusCache
 from raymoe.checkpoint.spec import ModelSpec
-from raymoe.config import DeploymentConfig, read_secret
+from raymoe.config import DeploymentConfig, read_admin_token, read_secret
 from raymoe.errors import RaymoeError, RouterUnavailable
 from raymoe.gateway import AppConfig, GatewayTokenizer, PoolConfig, RouterPool, create_app
+from raymoe.gateway.admin import add_admin_routes
 from raymoe.identity import identity_of
 from raymoe.stream.messages import StreamEndpoint
 
@@ -30,12 +31,12 @@ class ControllerProxy:
         self._deployment = deployment
         self._handle: Any = None
 
-    async def ask(self, method: str) -> Any:
-        """Result of a method without arguments. Raises RouterUnavailable with what went wrong."""
+    async def ask(self, method: str, *args: Any) -> Any:
+        """Result of a method. Raises RouterUnavailable with what went wrong."""
         try:
             if self._handle is None:
                 self._handle = await asyncio.to_thread(find_controller, self._deployment)
-            return await asyncio.wait_for(getattr(self._handle, method).remote(), _ASK_S)
+            return await asyncio.wait_for(getattr(self._handle, method).remote(*args), _ASK_S)
         except (ValueError, TimeoutError, ray.exceptions.RayError) as e:
             self._handle = None
             raise RouterUnavailable(f"the placement controller does not answer: {e!r}") from e
@@ -92,4 +93,5 @@ def gateway_app(config: dict[str, Any], spec_json: str) -> FastAPI:
     async def status() -> Response:
         return JSONResponse(await controller.ask("status"))
 
+    add_admin_routes(app, controller.ask, read_admin_token(checked))
     return app

@@ -1,7 +1,8 @@
-"""Keeps the groups of a deployment alive and brings each to what it is assigned.
+"""Keeps the groups of a deployment alive: starts, finds, watches, replaces and ends them.
 
-Level-triggered: `tend` compares what is with what is to be, and starts the next call where the two
-differ. Every call can be repeated, so that a controller that starts anew just looks and goes on.
+Level-triggered: `follow` says which groups there are to be, `tend` compares with what is and
+starts the next call where the two differ. Every call can be repeated, so that a controller that
+starts anew just looks and goes on. What the groups hold is none of its business (actors/hands.py).
 """
 
 from __future__ import annotations
@@ -18,55 +19,78 @@ import psutil
 import ray
 
 from actors.expert_group import ExpertGroup
-from actors.fleet import LOADING, LOST, READY, STARTING, Calls, LiveGroup, reason
-from actors.spawn import find, group_name, names_alive, spawn
-from raymoe.budget import group_ids, memory_bytes
+from actors.fleet import (
+    DRAINED,
+    LOADING,
+    LOST,
+    PENDING,
+    READY,
+    STARTING,
+    Calls,
+    LiveGroup,
+    reason,
+)
+from actors.intent import Intent
+from actors.spawn import find, group_name, is_pending, names_alive, spawn
+from raymoe.budget import memory_bytes
 from raymoe.checkpoint.spec import ModelSpec
 from raymoe.config import DeploymentConfig
 from raymoe.table import GroupEndpoint
 
 _RESTART_PAUSE_S = (0.0, 0.5, 2.0, 5.0, 15.0)  # by deaths in a row, the last for all further ones
-_LOAD_PAUSE_S = 2.0  # after a load that failed in a group that lives
-_LOAD_AT_ONCE = 32  # experts in one call
-_DROP_AFTER_S = 1.0  # a replica out of the table is kept so long for what is on its way
+_PENDING_AFTER_S = 15.0  # a start that takes longer is looked into, this often
+_MOST_SAMPLES = 4096  # timings of a group kept until they are looked at
 
 
 class GroupKeeper:
     """All groups by id, in the order of every array. `lock` guards what callbacks change."""
 
     def __init__(
-        self, config: DeploymentConfig, spec: ModelSpec, term: int, lock: threading.RLock
+        self,
+        config: DeploymentConfig,
+        spec: ModelSpec,
+        term: int,
+        lock: threading.RLock,
+        calls: Calls,
     ) -> None:
         self._config, self._spec, self._lock = config, spec, lock
-        self._calls = Calls()
+        self._calls, self._term = calls, term
         self._stopping = False
-        self._unassigned_since: dict[str, float] = {}
+        self._kinds = {kind.kind: kind for kind in config.groups}
+        self._budget = memory_bytes(config, spec)
+        self._lives: dict[str, int] = {}  # the last life of each id, also of groups that ended
+        self.groups: dict[str, LiveGroup] = {}
         self.changes = 0  # grows whenever what can be served has changed
-        budget = memory_bytes(config, spec)
-        shape = (spec.layers, spec.experts)
-        self.groups = {
-            group_id: LiveGroup(
-                id=group_id,
-                kind=kind,
-                memory_bytes=budget[kind.kind],
-                incarnation=term << 20,  # above every life that an earlier controller started
-                assigned=np.zeros(shape, np.bool_),
-                resident=np.zeros(shape, np.bool_),
-                borrowed=np.zeros(shape, np.bool_),
-            )
-            for group_id, kind in group_ids(config)
-        }
 
-    def begin(self) -> None:
+    def begin(self, intent: Intent) -> None:
         """Finds the groups that run already, by name, and starts the others."""
         alive = names_alive()
-        for group in self.groups.values():
-            prefix = group_name(self._config.name, group.id, 0).removesuffix("0")
-            lives = sorted(int(n.removeprefix(prefix)) for n in alive if n.startswith(prefix))
-            with self._lock:
+        with self._lock:
+            for member in intent.members:
+                group = self._add(member.id, member.kind, member.draining != "")
+                prefix = group_name(self._config.name, group.id, 0).removesuffix("0")
+                lives = sorted(int(n.removeprefix(prefix)) for n in alive if n.startswith(prefix))
                 group.gone_since_s = time.monotonic()
-                if not lives or not self._adopt(group, lives[-1]):
+                if lives and self._adopt(group, lives[-1]):
+                    group.was_up = True
+                elif not group.draining:
                     self._spawn(group)
+
+    def follow(self, intent: Intent) -> None:
+        """The groups there are to be from now on: starts new ones, and those wanted back."""
+        with self._lock:
+            for member in intent.members:
+                group = self.groups.get(member.id)
+                if group is None:
+                    self._spawn(self._add(member.id, member.kind, member.draining != ""))
+                    continue
+                group.draining = member.draining != ""
+                if group.state == DRAINED and not group.draining:
+                    self._spawn(group)
+            wanted = {member.id for member in intent.members}
+            for group_id in [i for i in self.groups if i not in wanted]:
+                self.end(group_id)
+                del self.groups[group_id]
 
     def tend(self, timeout_s: float) -> None:
         """Takes what has come in, waits for it up to `timeout_s`, and starts what is due."""
@@ -77,6 +101,22 @@ class GroupKeeper:
                 if self._stopping:
                     return
                 self._tend_group(group, now)
+
+    def end(self, group_id: str) -> None:
+        """Ends the process of a group that has been emptied (or never came up)."""
+        with self._lock:
+            group = self.groups[group_id]
+            actor, life = group.actor, group.incarnation
+            if actor is not None and group.up:
+                self._calls.start(actor.close.remote(), lambda _, __: ray.kill(actor))
+            elif actor is not None:
+                ray.kill(actor)
+            self._clear(group)
+            group.state = DRAINED
+            group.incarnation = self._lives[group_id] = life + 1  # what it says now is old news
+            group.retry_at_s, group.gone_since_s = None, None
+            group.last_error, group.was_up = "", False
+            self.changes += 1
 
     def stop(self) -> None:
         """Ends every group."""
@@ -91,35 +131,55 @@ class GroupKeeper:
 
     # ---- one group
 
+    def _add(self, group_id: str, kind: str, draining: bool) -> LiveGroup:
+        shape = (self._spec.layers, self._spec.experts)
+        group = LiveGroup(
+            id=group_id,
+            kind=self._kinds[kind],
+            memory_bytes=self._budget[kind],
+            # above every life that an earlier controller started
+            incarnation=max(self._term << 20, self._lives.get(group_id, 0)),
+            resident=np.zeros(shape, np.bool_),
+            loading=np.zeros(shape, np.bool_),
+            draining=draining,
+            state=DRAINED if draining else STARTING,
+        )
+        self.groups[group_id] = group
+        return group
+
     def _tend_group(self, group: LiveGroup, now: float) -> None:
         if group.state == LOST:
-            if group.retry_at_s is not None and now >= group.retry_at_s:
+            if group.draining:  # it was to go anyhow
+                self.end(group.id)
+            elif group.retry_at_s is not None and now >= group.retry_at_s:
                 self._spawn(group)
-            return
-        if not group.up:
-            return
-        if now - group.heard_s > self._config.placement.unreachable_s:
-            self._abandon(group)
-            return
-        self._ping(group, now)
-        due = group.retry_at_s is None or now >= group.retry_at_s
-        if due and not group.busy and not self._load(group):
-            self._drop(group, now)
+        elif group.state in (STARTING, PENDING):
+            self._look_whether_pending(group, now)
+        elif group.up:
+            if now - group.heard_s > self._config.placement.unreachable_s:
+                self._abandon(group)
+            else:
+                self._ping(group, now)
 
     def _adopt(self, group: LiveGroup, life: int) -> bool:
         try:
             group.actor = find(group_name(self._config.name, group.id, life))
         except ValueError:  # it died since it was listed
             return False
-        group.incarnation = life
+        group.incarnation = self._lives[group.id] = life
+        group.state = STARTING
         self._watch(group)
         return True
 
     def _spawn(self, group: LiveGroup) -> None:
         kind = group.kind
         group.incarnation += 1
-        group.state, group.endpoint = STARTING, None
-        group.retry_at_s, group.busy, group.load_failures = None, False, 0
+        self._lives[group.id] = group.incarnation
+        self._clear(group)
+        group.state, group.spawned_s = STARTING, time.monotonic()
+        group.retry_at_s, group.load_failures = None, 0
+        if group.gone_since_s is None:
+            group.gone_since_s = group.spawned_s
         # max_restarts=0: the death of a group that Ray does not restart is known within
         # milliseconds, and where its experts come back is decided here.
         group.actor = spawn(
@@ -142,6 +202,16 @@ class GroupKeeper:
             slowdown=kind.slowdown,
         )
         self._watch(group)
+
+    @staticmethod
+    def _clear(group: LiveGroup) -> None:
+        """Nothing is known of it any more."""
+        group.actor, group.endpoint, group.pid = None, None, 0
+        group.bringing = group.dropping = group.pinged = False
+        group.resident[:] = False
+        group.loading[:] = False
+        group.resident_bytes = group.queued_pairs = 0
+        group.samples.clear()
 
     def _watch(self, group: LiveGroup) -> None:
         """Asks the group who it is, and keeps one call open whose end tells of its death."""
@@ -169,7 +239,7 @@ class GroupKeeper:
             group.resident = np.array(answer["resident"], np.bool_)
             group.resident_bytes = answer["resident_bytes"]
             group.heard_s, group.gone_since_s = time.monotonic(), None
-            group.state = LOADING
+            group.state, group.was_up, group.last_error = LOADING, True, ""
             self.changes += 1
 
     def _on_ended(self, group: LiveGroup, life: int, error: Exception | None) -> None:
@@ -179,16 +249,31 @@ class GroupKeeper:
             now = time.monotonic()
             if group.gone_since_s is None:
                 group.gone_since_s = now
-            group.state, group.actor, group.endpoint, group.pid = LOST, None, None, 0
-            group.busy = group.pinged = False
+            self._clear(group)
+            group.state = LOST
             group.deaths += 1
             group.deaths_in_a_row += 1
-            group.resident[:] = False
-            group.resident_bytes = 0
             if error is not None and not group.last_error:
                 group.last_error = reason(error)
             pause = _RESTART_PAUSE_S[min(group.deaths_in_a_row, len(_RESTART_PAUSE_S)) - 1]
             group.retry_at_s = now + pause
+            self.changes += 1
+
+    def became_ready(self, group: LiveGroup) -> None:
+        """It holds all that is planned for it, for the first time in this life."""
+        group.state = READY
+        group.deaths_in_a_row = 0
+        group.last_error = ""
+        self.changes += 1
+
+    def _look_whether_pending(self, group: LiveGroup, now: float) -> None:
+        """A start that takes long may wait for resources that the cluster does not have."""
+        if now - max(group.spawned_s, group.looked_s) < _PENDING_AFTER_S:
+            return
+        group.looked_s = now
+        if is_pending(group.actor) and group.state == STARTING:
+            group.state = PENDING
+            group.last_error = "waits for resources: " + _asked_for(group)
             self.changes += 1
 
     def _ping(self, group: LiveGroup, now: float) -> None:
@@ -200,15 +285,18 @@ class GroupKeeper:
         group.pinged, group.pinged_at_s = True, now
         life = group.incarnation
 
-        def ponged(_: Any, error: Exception | None) -> None:
+        def ponged(answer: Any, error: Exception | None) -> None:
             with self._lock:
                 if life == group.incarnation:
                     group.pinged = False
                     if error is None:
                         group.heard_s = time.monotonic()
+                        group.queued_pairs = answer["queued_pairs"]
+                        group.samples += answer["samples"]
+                        del group.samples[:-_MOST_SAMPLES]
 
         assert group.actor is not None
-        self._calls.start(group.actor.ping.remote(), ponged)
+        self._calls.start(group.actor.ping.remote(self._term), ponged)
 
     def _abandon(self, group: LiveGroup) -> None:
         """It runs but does not answer (frozen, its node cut off): end it, start another life.
@@ -225,54 +313,10 @@ class GroupKeeper:
                     os.kill(group.pid, signal.SIGKILL)
         self._on_ended(group, group.incarnation, None)
 
-    # ---- towards what is assigned
 
-    def _load(self, group: LiveGroup) -> bool:
-        """Asks for the next few experts that are missing; whether there were any."""
-        missing = np.argwhere(group.assigned & ~group.resident)
-        if not len(missing):
-            if group.state == LOADING and group.assigned.any():
-                group.state = READY
-                group.deaths_in_a_row = 0
-                group.last_error = ""
-                self.changes += 1
-            return False
-        pairs = [(int(layer), int(expert)) for layer, expert in missing[:_LOAD_AT_ONCE]]
-        self._change(group, "load", pairs, present=True)
-        return True
-
-    def _drop(self, group: LiveGroup, now: float) -> None:
-        """Frees what is no longer assigned, once nothing sent by the last table is on its way."""
-        surplus = np.argwhere(group.resident & ~group.assigned)
-        if not len(surplus) or not group.assigned.any():
-            self._unassigned_since.pop(group.id, None)
-            return
-        since = self._unassigned_since.setdefault(group.id, now)
-        if now - since >= _DROP_AFTER_S:
-            pairs = [(int(layer), int(expert)) for layer, expert in surplus]
-            self._change(group, "drop", pairs, present=False)
-
-    def _change(
-        self, group: LiveGroup, method: str, pairs: list[tuple[int, int]], *, present: bool
-    ) -> None:
-        life = group.incarnation
-        group.busy = True
-
-        def done(resident_bytes: Any, error: Exception | None) -> None:
-            with self._lock:
-                if life != group.incarnation:
-                    return
-                group.busy = False
-                if error is not None:
-                    group.last_error = f"{method}: {reason(error)}"
-                    group.load_failures += 1
-                    group.retry_at_s = time.monotonic() + _LOAD_PAUSE_S
-                    return
-                for layer, expert in pairs:
-                    group.resident[layer, expert] = present
-                group.resident_bytes = resident_bytes
-                group.retry_at_s = None
-                self.changes += 1
-
-        assert group.actor is not None
-        self._calls.start(getattr(group.actor, method).remote(pairs), done)
+def _asked_for(group: LiveGroup) -> str:
+    kind = group.kind
+    asked = {"CPU": kind.num_cpus, "GPU": kind.num_gpus, **kind.resources}
+    parts = [f"{amount:g} {name}" for name, amount in asked.items() if amount]
+    parts += [f"label {name}={value}" for name, value in kind.label_selector.items()]
+    return ", ".join(parts) or "a node"

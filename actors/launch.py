@@ -28,6 +28,7 @@ from raymoe.config import DeploymentConfig, read_secret
 from raymoe.errors import ConfigError, RaymoeError
 
 _POLL_S = 0.2
+_MORE_GROUPS = 16  # of a kind without max_count that a Ray of our own has room for
 _STEP_S = 10.0  # for the step of a start that is under way when it is to stop
 _OWN_STEP_S = 1.0
 _LEAVE_S = 14.0  # a cluster that does not answer is not waited for longer
@@ -266,16 +267,17 @@ def _with_secret(config: DeploymentConfig, folder: Path) -> DeploymentConfig:
 def _logical_resources(config: DeploymentConfig) -> tuple[float, float, dict[str, float]]:
     """Logical CPUs, GPUs and custom resources that the deployment asks Ray for, all together.
 
-    Ray only counts them: on one machine more actors than cores may run, and do.
+    Ray only counts them: on one machine more actors than cores may run, and do. CPUs are there
+    for as many groups as scaling may come to; GPUs are real, and not made up.
     """
     cpus = config.gateway.num_cpus * config.gateway.count + 2
     cpus += config.routers.num_cpus * config.routers.count
     gpus = config.routers.num_gpus * config.routers.count
     resources: dict[str, float] = {}
     for kind in config.groups:
-        cpus += kind.num_cpus * kind.count
+        cpus += kind.num_cpus * (kind.max_count or kind.count + _MORE_GROUPS)
         gpus += kind.num_gpus * kind.count
-    asked = [(kind.resources, kind.count) for kind in config.groups]
+    asked = [(k.resources, k.max_count or k.count + _MORE_GROUPS) for k in config.groups]
     asked.append((config.routers.resources, config.routers.count))
     asked.append((config.gateway.resources, config.gateway.count))
     for amounts, count in asked:

@@ -46,3 +46,19 @@ def spawn(plain: type, name: str, options: dict[str, Any], **arguments: Any) -> 
         .options(name=name, namespace=NAMESPACE, lifetime="detached", get_if_exists=True, **options)
         .remote(**arguments)
     )
+
+
+def is_pending(actor: ActorHandle) -> bool:
+    """Ray has not found a place for this actor yet (or is just starting its process)."""
+    from ray._private.state import actors  # as `ray list actors`, without needing the dashboard
+
+    return bool(
+        actors(actor._actor_id.hex()).get("State") in ("PENDING_CREATION", "DEPENDENCIES_UNREADY")
+    )
+
+
+def draining_nodes() -> set[str]:
+    """Ids of nodes that are about to go (a spot notice, `ray drain-node`, a pod's end)."""
+    from ray._private.state import state
+
+    return set(state.get_draining_nodes())

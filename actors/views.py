@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from actors.fleet import LiveGroup
+from actors.history import History
 from placement.table import Table
 from placement.types import Floats
 from raymoe.checkpoint.spec import ModelSpec
 
-Why = Mapping[tuple[int, int, str], tuple[float, str]]
 _ROUTER_FIELDS = ("id", "pid", "node", "state", "profile")
 
 
@@ -23,11 +23,12 @@ def group_row(group: LiveGroup) -> dict[str, Any]:
         "kind": group.kind.kind,
         "pid": group.pid,
         "node": group.node,
-        "state": group.state,
+        "state": group.shown_state,
         "speed": round(group.speed, 4),
         "memory_bytes": group.memory_bytes,
         "resident_bytes": group.resident_bytes,
         "replicas": int(group.resident.sum()),
+        "queued_pairs": group.queued_pairs,
         "incarnation": group.incarnation,
         "deaths": group.deaths,
         "last_error": group.last_error,
@@ -39,11 +40,10 @@ def router_rows(routers: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{name: router[name] for name in _ROUTER_FIELDS} for router in routers]
 
 
-def placement_view(spec: ModelSpec, table: Table, load: Floats, why: Why) -> dict[str, Any]:
+def placement_view(spec: ModelSpec, table: Table, load: Floats, history: History) -> dict[str, Any]:
     """The answer of `GET /placement`: every expert's replicas, their share, age and reason.
 
-    load: float64 [L, E], pairs/s; why: (layer, expert, group id) -> since when
-    (Unix seconds), and the reason.
+    load: float64 [L, E], pairs/s. Times in Unix seconds.
     """
     layers = []
     for layer, name in enumerate(spec.layer_names):
@@ -52,7 +52,7 @@ def placement_view(spec: ModelSpec, table: Table, load: Floats, why: Why) -> dic
             replicas = []
             for g in np.flatnonzero(table.resident[layer, expert]):
                 group_id = table.group_ids[g]
-                since, reason = why[layer, expert, group_id]
+                since, reason = history.why_of((layer, expert, group_id))
                 share = round(float(table.share[layer, expert, g]), 6)
                 replicas.append({"group": group_id, "share": share, "since": since, "why": reason})
             pairs_per_s = round(float(load[layer, expert]), 3)

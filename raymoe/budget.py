@@ -15,10 +15,18 @@ def reserve_bytes(config: DeploymentConfig, spec: ModelSpec) -> int:
     return config.placement.reserve_experts * max(spec.expert_bytes)
 
 
+def group_prefix(config: DeploymentConfig, kind: str) -> str:
+    """What the ids of a kind's groups begin with: g, or KIND- when there are several kinds."""
+    return f"{kind}-" if len(config.groups) > 1 else "g"
+
+
 def group_ids(config: DeploymentConfig) -> list[tuple[str, GroupsConfig]]:
     """Every group's id and kind, in the order of all arrays: g0, g1 ... or KIND-0, KIND-1 ..."""
-    prefix_of = {k.kind: f"{k.kind}-" if len(config.groups) > 1 else "g" for k in config.groups}
-    return [(f"{prefix_of[k.kind]}{n}", k) for k in config.groups for n in range(k.count)]
+    return [
+        (f"{group_prefix(config, kind.kind)}{n}", kind)
+        for kind in config.groups
+        for n in range(kind.count)
+    ]
 
 
 def memory_bytes(config: DeploymentConfig, spec: ModelSpec) -> dict[str, int]:
@@ -37,6 +45,7 @@ def fleet_of(config: DeploymentConfig, spec: ModelSpec, groups: tuple[GroupSpec,
         groups=groups,
         expert_bytes=np.array(spec.expert_bytes, np.int64),
         experts_of_layer=spec.experts_of_layer,
+        survive=config.placement.survive,
         reserve_bytes=reserve_bytes(config, spec),
     )
 

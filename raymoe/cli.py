@@ -1,4 +1,4 @@
-"""The command line: `raymoe serve | status | plan | simulate`."""
+"""The command line: `raymoe serve | status | scale | drain | history | plan | simulate`."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from raymoe.cli_admin import add_admin_parsers
     from raymoe.cli_plan import add_plan_parser
     from raymoe.cli_simulate import add_simulate_parser
 
@@ -44,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_serve(commands)
     _add_status(commands)
+    add_admin_parsers(commands)
     add_plan_parser(commands)
     add_simulate_parser(commands)
     return parser

@@ -65,7 +65,13 @@ class GroupsConfig(_Checked):
     """Expert groups of one kind: `count` Ray actors, one a device, alike in everything."""
 
     kind: str = Field("default", description="name of the kind, shown in status and metrics")
-    count: int = Field(2, ge=1, le=4096, description="how many groups of this kind")
+    count: int = Field(2, ge=1, le=4096, description="how many groups of this kind at start")
+    min_count: int = Field(
+        1, ge=0, le=4096, description="scaling never leaves fewer groups of this kind"
+    )
+    max_count: int | None = Field(
+        None, ge=1, le=4096, description="scaling never makes more groups of this kind"
+    )
     memory_bytes: int | None = Field(
         None, gt=0, description="expert bytes a group may hold; none: its share of the model + 25 %"
     )
@@ -83,6 +89,16 @@ class GroupsConfig(_Checked):
     slowdown: float = Field(
         1.0, ge=1.0, description="for tests: the group takes this many times as long"
     )
+
+    @model_validator(mode="after")
+    def _count_within_bounds(self) -> GroupsConfig:
+        most = self.count if self.max_count is None else self.max_count
+        if not self.min_count <= self.count <= most:
+            raise ValueError(
+                f"count is {self.count}; it must lie between min_count ({self.min_count}) and "
+                f"max_count ({self.max_count})"
+            )
+        return self
 
 
 class RoutersConfig(_Checked):
@@ -144,6 +160,11 @@ class GatewayConfig(_Checked):
     drain_s: float = Field(
         3.0, ge=0, le=10, description="how long a stop waits for open requests to finish"
     )
+    admin_token_file: str | None = Field(
+        None,
+        description="file with the token that POST /scale and /drain need as `Authorization: "
+        "Bearer TOKEN`; none: the variable RAYMOE_ADMIN_TOKEN, or no token is needed",
+    )
 
 
 class DataPlaneConfig(_Checked):
@@ -174,9 +195,62 @@ class DataPlaneConfig(_Checked):
     )
 
 
-class PlacementConfig(_Checked):
-    """Where experts go."""
+class AutoscaleConfig(_Checked):
+    """How many groups there are, by how busy they are, between a kind's min_count and max_count."""
 
+    enabled: bool = Field(False, description="add and retire groups as the load changes")
+    target: float = Field(0.6, gt=0, lt=1, description="part of the groups' time in use to aim at")
+    high: float = Field(0.8, gt=0, lt=1, description="groups busier than this: add some")
+    low: float = Field(0.4, gt=0, lt=1, description="groups less busy than this: retire one")
+    up_after_s: float = Field(10.0, ge=0, description="busy for so long before groups are added")
+    down_after_s: float = Field(
+        120.0, ge=0, description="little to do for so long before a group is retired"
+    )
+    cool_down_s: float = Field(60.0, ge=0, description="least time between two decisions")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> AutoscaleConfig:
+        if not self.low < self.target < self.high:
+            raise ValueError("low < target < high is needed")
+        return self
+
+
+class PlacementConfig(_Checked):
+    """Where experts go, and how they get there."""
+
+    live: bool = Field(
+        True, description="move and replicate experts as the load and the speeds change"
+    )
+    objective: Literal["time", "tokens"] = Field(
+        "time",
+        description="time: every group is busy for as long, by measured speeds; tokens: every "
+        "group gets as many tokens, as if all were equally fast",
+    )
+    survive: Literal["none", "group", "node"] = Field(
+        "none",
+        description="plans leave memory for one of each expert when any one of these is lost",
+    )
+    plan_interval_s: float = Field(
+        10.0, gt=0, description="least time between two plans while the groups stay the same"
+    )
+    window_s: float = Field(2.0, gt=0, description="the load is counted over so long at least")
+    horizon_s: float = Field(
+        60.0, gt=0, description="for how long a plan is expected to serve: copies must pay by then"
+    )
+    margin: float = Field(
+        0.01, ge=0, lt=1, description="least gain of a copy over its price, as a part of the time"
+    )
+    interval_bytes: int | None = Field(
+        None, ge=0, description="most bytes one plan may copy for gain; none: no limit"
+    )
+    replica_bytes: int | None = Field(
+        None, ge=0, description="most bytes that second and further replicas fill; none: all memory"
+    )
+    copy_bytes_per_s: float | None = Field(
+        500e6,
+        gt=0,
+        description="a group takes in copies no faster, while it serves; none: no limit",
+    )
     reserve_experts: int = Field(
         2, ge=0, description="room for this many of the largest experts is kept free in a group"
     )
@@ -187,9 +261,25 @@ class PlacementConfig(_Checked):
     restore_s: float = Field(
         5.0, ge=0, description="a group away for so long has its experts restored in others"
     )
+    ack_limit_s: float = Field(
+        30.0,
+        gt=0,
+        description="a router that does not take a new table is not waited for longer before "
+        "replicas are dropped: what it still asks for is refused and sent elsewhere",
+    )
+    pending_s: float = Field(
+        30.0,
+        ge=0,
+        description="a start goes on without groups that get no resources for so long, when the "
+        "others hold every expert",
+    )
+    orphan_ttl_s: float = Field(
+        600.0, gt=0, description="a group that no controller asks after for so long ends itself"
+    )
     load_timeout_s: float = Field(
         600.0, gt=0, description="start-up gives up when the experts are not loaded by then"
     )
+    autoscale: AutoscaleConfig = AutoscaleConfig()
 
 
 class RayConfig(_Checked):
@@ -291,6 +381,21 @@ def parse_config(data: dict[str, Any], source: str) -> DeploymentConfig:
             named = not error["loc"] or what.startswith(field)
             wrong.append(what if named else f"{field}: {what}")
         raise ConfigError(f"wrong settings in {source}: " + "; ".join(wrong)) from e
+
+
+def read_admin_token(config: DeploymentConfig) -> str | None:
+    """The token of the admin routes, from `gateway.admin_token_file` or RAYMOE_ADMIN_TOKEN; None
+    when none is set. Raises `ConfigError`."""
+    path = config.gateway.admin_token_file
+    if path is None:
+        return os.environ.get("RAYMOE_ADMIN_TOKEN", "").strip() or None
+    try:
+        token = Path(path).read_text().strip()
+    except OSError as e:
+        raise ConfigError(f"cannot read the admin token file {path}: {e.strerror}") from e
+    if not token:
+        raise ConfigError(f"the admin token file {path} is empty: write a token, or unset it")
+    return token
 
 
 def read_secret(config: DeploymentConfig) -> bytes:

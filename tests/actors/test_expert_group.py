@@ -66,22 +66,59 @@ def groups(model: ModelSpec, settings: dict[str, Any]) -> Iterator[list[ExpertGr
         group.close()
 
 
+def load(group: ExpertGroup, pairs: list[tuple[int, int]]) -> int:
+    """From the checkpoint; the bytes then resident."""
+    answer = group.bring(pairs, None, None, 1)
+    assert answer["failed"] == []
+    return int(answer["resident_bytes"])
+
+
 def test_load_copy_drop(groups: list[ExpertGroup], model: ModelSpec) -> None:
     first, second = groups
     size = model.expert_bytes[0]
-    assert first.load([(0, 0), (0, 3), (1, 2)]) == 3 * size
-    assert first.load([(0, 0)]) == 3 * size, "loading again changes nothing"
+    assert load(first, [(0, 0), (0, 3), (1, 2)]) == 3 * size
+    assert load(first, [(0, 0)]) == 3 * size, "loading again changes nothing"
     endpoint = first.describe()["endpoint"]
-    assert second.copy([(0, 3), (1, 2)], endpoint) == 2 * size
+    copied = second.bring([(0, 3), (0, 1), (1, 2)], endpoint, None, 1)
+    assert copied["resident_bytes"] == 2 * size, "what the source lacks does not stop the rest"
+    assert [tuple(f[:2]) for f in copied["failed"]] == [(0, 1)]
+    assert "not here" in copied["failed"][0][2]
     resident = np.array(second.report()["resident"])
     assert resident.tolist() == [[False, False, False, True], [False, False, True, False]]
-    assert first.drop([(0, 0)]) == 2 * size
-    assert first.drop([(0, 0)]) == 2 * size, "dropping again changes nothing"
+    assert first.drop([(0, 0)], 1)["resident_bytes"] == 2 * size
+    assert first.drop([(0, 0)], 1)["resident_bytes"] == 2 * size, "again changes nothing"
+
+
+def test_a_source_that_is_gone_is_given_up_at_once(groups: list[ExpertGroup]) -> None:
+    first, second = groups
+    load(first, [(0, 0), (0, 3)])
+    endpoint = first.describe()["endpoint"]
+    first.close()
+    answer = second.bring([(0, 0), (0, 3)], endpoint, None, 1)
+    assert [tuple(f[:2]) for f in answer["failed"]] == [(0, 0), (0, 3)]
+    assert answer["resident_bytes"] == 0
+
+
+def test_an_older_controller_is_not_obeyed(groups: list[ExpertGroup]) -> None:
+    group = groups[0]
+    load(group, [(0, 0)])
+    assert group.ping(2)["samples"] == []
+    for call in (lambda: group.ping(1), lambda: group.drop([(0, 0)], 1), lambda: load(group, [])):
+        with pytest.raises(ConfigError, match="term 2 is in charge"):
+            call()
+    assert np.array(group.report()["resident"]).sum() == 1
+
+
+def test_a_group_can_be_slowed_at_run_time(groups: list[ExpertGroup]) -> None:
+    groups[0].set_slowdown(3.0)
+    with pytest.raises(ConfigError, match="1 or more"):
+        groups[0].set_slowdown(0.5)
 
 
 def test_over_the_budget_says_by_how_much(groups: list[ExpertGroup]) -> None:
-    with pytest.raises(ConfigError, match="bytes"):
-        groups[0].load([(layer, expert) for layer in range(2) for expert in range(4)])
+    every = [(layer, expert) for layer in range(2) for expert in range(4)]
+    failed = groups[0].bring(every, None, None, 1)["failed"]
+    assert [tuple(f[:2]) for f in failed] == every[6:] and "bytes" in failed[0][2]
     assert np.array(groups[0].report()["resident"]).sum() == 6, "what fits stays"
 
 

@@ -26,8 +26,7 @@ def test_status_json(deployment: Deployment) -> None:
     assert len(status["routers"]) == 2
     assert all(router["state"] == "ready" for router in status["routers"])
     assert psutil.pid_exists(status["controller"]["pid"])
-    # one replica of each expert, and no expert anywhere twice
-    assert sum(group["replicas"] for group in status["groups"]) == 6 * 16
+    assert sum(group["replicas"] for group in status["groups"]) >= 6 * 16
 
 
 def test_status_for_people(deployment: Deployment) -> None:
@@ -49,10 +48,10 @@ def test_placement_names_every_expert(deployment: Deployment) -> None:
     for layer in placement["layers"]:
         assert len(layer["experts"]) == 16
         for expert in layer["experts"]:
-            (replica,) = expert["replicas"]
-            assert replica["group"] in {"g0", "g1", "g2"}
-            assert replica["share"] == 1
-            assert replica["since"] > 0 and replica["why"]
+            homes = [replica["group"] for replica in expert["replicas"]]
+            assert homes and set(homes) <= {"g0", "g1", "g2"} and len(set(homes)) == len(homes)
+            assert abs(sum(replica["share"] for replica in expert["replicas"]) - 1) < 1e-5
+            assert all(r["since"] > 0 and r["why"] for r in expert["replicas"])
 
 
 def test_metrics(deployment: Deployment) -> None:
@@ -62,9 +61,9 @@ def test_metrics(deployment: Deployment) -> None:
     assert "raymoe_" in text
 
 
-def test_experts_are_held_once_and_by_groups_only(deployment: Deployment) -> None:
-    """A router holds no expert: together the groups hold every expert's bytes, once."""
+def test_bytes_are_those_of_the_replicas(deployment: Deployment) -> None:
+    """A router holds no expert: together the groups hold every expert's bytes, hot ones twice."""
     status = deployment.get("/status")
     expert_bytes = 4 * 3 * 256 * 128  # float32 gate, up and down projections
     total = sum(group["resident_bytes"] for group in status["groups"])
-    assert total == 6 * 16 * expert_bytes
+    assert total == expert_bytes * sum(group["replicas"] for group in status["groups"])

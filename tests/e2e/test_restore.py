@@ -20,7 +20,7 @@ def test_experts_are_borrowed_while_a_group_is_away(tmp_path: Path) -> None:
     settings = {
         "model": str(DEMO),
         "groups": [{"count": 2, "memory_bytes": 45_000_000}],  # each could hold every expert
-        "placement": {"restore_s": 0, "interval_s": 0.2},
+        "placement": {"restore_s": 0, "interval_s": 0.2, "live": False},
     }
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings))
     running = Deployment("--config", str(tmp_path / "c.yaml"))

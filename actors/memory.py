@@ -1,0 +1,58 @@
+"""What outlives a controller's process: term, epoch and operator intent, in Ray's internal KV."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+_NAMES = ("term", "epoch", "intent")
+
+
+class Memory:
+    """The KV entries of one deployment. Every call is one round trip to Ray's GCS (about 1 ms)."""
+
+    def __init__(self, deployment: str) -> None:
+        self._prefix = f"raymoe:{deployment}:"
+
+    def next_term(self) -> int:
+        """A number larger than that of any earlier controller of the deployment."""
+        term = self.term() + 1
+        self._put("term", str(term))
+        return term
+
+    def term(self) -> int:
+        """The term of the newest controller of the deployment."""
+        return int(self._get("term") or 0)
+
+    def epoch(self) -> int:
+        """The last epoch that any controller of the deployment has published."""
+        return int(self._get("epoch") or 0)
+
+    def keep_epoch(self, epoch: int) -> None:
+        self._put("epoch", str(epoch))
+
+    def intent(self) -> dict[str, Any] | None:
+        """What operators have asked for (`actors.intent.Intent.to_dict`); None: nothing yet."""
+        text = self._get("intent")
+        return None if text is None else dict(json.loads(text))
+
+    def keep_intent(self, intent: dict[str, Any]) -> None:
+        self._put("intent", json.dumps(intent))
+
+    def forget(self) -> None:
+        """Removes everything: the next controller starts afresh."""
+        from ray.experimental.internal_kv import _internal_kv_del
+
+        for name in _NAMES:
+            _internal_kv_del((self._prefix + name).encode())
+
+    def _get(self, name: str) -> str | None:
+        from ray.experimental.internal_kv import _internal_kv_get
+
+        value = _internal_kv_get((self._prefix + name).encode())
+        return None if value is None else value.decode()
+
+    def _put(self, name: str, value: str) -> None:
+        from ray.experimental.internal_kv import _internal_kv_put
+
+        _internal_kv_put((self._prefix + name).encode(), value.encode(), overwrite=True)

@@ -1,0 +1,105 @@
+"""Groups as they are known -> what the reconciler sees. Reads, decides nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from actors.fleet import LOST, STARTING, LiveGroup
+from actors.speeds import Measured
+from placement.actions import Snapshot
+from placement.table import Table
+from placement.types import Fleet, Floats, GroupSpec
+from raymoe.budget import fleet_of
+from raymoe.checkpoint.spec import ModelSpec
+from raymoe.config import DeploymentConfig
+
+_SAME_SPEED = 0.25  # speeds measured at start this close to the fastest's are taken for equal
+
+
+def counted(groups: Iterable[LiveGroup], restore_s: float, now: float) -> list[LiveGroup]:
+    """Groups that are part of the fleet: those that are up, and those that were and have not been
+    away for `restore_s` yet."""
+    return [
+        group
+        for group in groups
+        if group.up
+        or (
+            group.was_up
+            and not group.draining
+            and group.state in (LOST, STARTING)
+            and group.gone_since_s is not None
+            and now - group.gone_since_s <= restore_s
+        )
+    ]
+
+
+def self_measured(groups: Iterable[LiveGroup]) -> None:
+    """Relative speeds from what each group measured when it started: before there is traffic."""
+    up = [group for group in groups if group.up]
+    fastest = max((group.pairs_per_s for group in up), default=0.0)
+    for group in up:
+        ratio = group.pairs_per_s / fastest if fastest > 0 else 1.0
+        group.speed = 1.0 if ratio >= 1 - _SAME_SPEED else ratio
+
+
+def live_fleet(
+    config: DeploymentConfig,
+    spec: ModelSpec,
+    groups: Iterable[LiveGroup],
+    measured: Mapping[str, Measured],
+    tokens_per_s: float | None,
+) -> Fleet:
+    """The groups with their speeds: measured in traffic where known, else at start, all alike
+    when the objective is to spread tokens. `tokens_per_s`: pairs/s of the fastest, if known.
+
+    Fixed costs and costs by expert are part of the speed here; only routers, which see each batch,
+    tell them apart (`actors.publisher`).
+    """
+    place = config.placement
+    specs = []
+    for group in groups:
+        told = measured.get(group.id)
+        if told is not None:
+            group.speed = told.speed
+        specs.append(
+            GroupSpec(
+                id=group.id,
+                node=group.node or "unknown",
+                memory_bytes=group.memory_bytes,
+                speed=group.speed if place.objective == "time" else 1.0,
+                bandwidth_bytes_per_s=place.copy_bytes_per_s or 1e9,
+                kind=group.kind.kind,
+            )
+        )
+    fleet = fleet_of(config, spec, tuple(specs))
+    return fleet if tokens_per_s is None else replace(fleet, tokens_per_s=tokens_per_s)
+
+
+def snapshot_of(
+    fleet: Fleet,
+    groups: list[LiveGroup],
+    starting: tuple[GroupSpec, ...],
+    *,
+    table: Table | None,
+    drained: int,
+    counts: Floats | None,
+    window_s: float,
+    queue_s: float,
+) -> Snapshot:
+    """`groups` in the order of `fleet`; arrays are copies, so that callbacks may go on writing."""
+    return Snapshot(
+        fleet=fleet,
+        ready=np.stack([group.resident for group in groups], axis=2),
+        loading=np.stack([group.loading for group in groups], axis=2),
+        table=table,
+        drained=drained,
+        draining=frozenset(group.id for group in groups if group.draining),
+        away=frozenset(group.id for group in groups if not group.up),
+        counts=counts,
+        window_s=window_s,
+        starting=starting,
+        queue_s=queue_s,
+    )

@@ -1,0 +1,58 @@
+"""Settings -> what the reconciler and the autoscaler take."""
+
+from __future__ import annotations
+
+from placement.autoscale import Autoscaler, Kind, ScaleConfig
+from placement.plan import PlanConfig
+from placement.reconcile import ReconcileConfig
+from raymoe.budget import memory_bytes
+from raymoe.checkpoint.spec import ModelSpec
+from raymoe.config import DeploymentConfig
+
+_CALL_BYTES = 256 << 20  # a group is asked for about so much at a time
+_MOST_LOADS = 32
+
+
+def reconcile_config(config: DeploymentConfig, spec: ModelSpec) -> ReconcileConfig:
+    """When and how to plan."""
+    place = config.placement
+    return ReconcileConfig(
+        plan=PlanConfig(
+            horizon_s=place.horizon_s,
+            margin=place.margin,
+            interval_bytes=place.interval_bytes,
+            budget_bytes=place.replica_bytes,
+        ),
+        plan_every_s=place.plan_interval_s,
+        live=place.live,
+        loads_per_group=max(1, min(_MOST_LOADS, _CALL_BYTES // max(spec.expert_bytes))),
+    )
+
+
+def autoscaler(config: DeploymentConfig, spec: ModelSpec) -> Autoscaler | None:
+    """None unless it is enabled."""
+    wanted = config.placement.autoscale
+    if not wanted.enabled:
+        return None
+    budget = memory_bytes(config, spec)
+    kinds = tuple(
+        Kind(
+            name=kind.kind,
+            speed=1.0 / kind.slowdown,
+            memory_bytes=budget[kind.kind],
+            most=kind.max_count or 1_000,
+        )
+        for kind in config.groups
+    )
+    return Autoscaler(
+        ScaleConfig(
+            target=wanted.target,
+            high=wanted.high,
+            low=wanted.low,
+            up_after_s=wanted.up_after_s,
+            down_after_s=wanted.down_after_s,
+            cool_down_s=wanted.cool_down_s,
+            least=max(1, sum(kind.min_count for kind in config.groups)),
+        ),
+        kinds,
+    )

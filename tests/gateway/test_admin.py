@@ -1,0 +1,100 @@
+"""The operators' routes: who may change what, and that refusals reach the caller."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+from fastapi.testclient import TestClient
+
+from raymoe.gateway.admin import add_admin_routes
+from raymoe.gateway.errors import ApiError
+
+ASKED: list[tuple[Any, ...]] = []
+
+
+async def ask(method: str, *arguments: Any) -> dict[str, Any]:
+    ASKED.append((method, *arguments))
+    if arguments[:1] == ("g9",):
+        return {"error": "there is no group 'g9'"}
+    return {"members": []}
+
+
+def client(token: str | None) -> TestClient:
+    app = FastAPI()
+
+    async def shown(_: Request, error: Exception) -> Response:
+        assert isinstance(error, ApiError)
+        return error.response()
+
+    app.add_exception_handler(ApiError, shown)
+    add_admin_routes(app, ask, token)
+    ASKED.clear()
+    return TestClient(app)
+
+
+def test_scale_drain_undo() -> None:
+    http = client(None)
+    assert http.post("/scale", json={"groups": 4}).status_code == 200
+    assert http.post("/scale", json={"groups": 1, "kind": "big"}).status_code == 200
+    assert http.post("/drain", json={"group": "g1", "undo": True}).json() == {"members": []}
+    assert http.get("/placement/history").status_code == 200
+    assert ASKED == [
+        ("scale", 4, None),
+        ("scale", 1, "big"),
+        ("drain", "g1", True),
+        ("history",),
+    ]
+
+
+def test_a_refusal_says_why() -> None:
+    answer = client(None).post("/drain", json={"group": "g9"})
+    assert answer.status_code == 409
+    assert answer.json()["error"]["message"] == "there is no group 'g9'"
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 401),
+        ({"authorization": "Bearer wrong"}, 401),
+        ({"authorization": "Basic sesame"}, 401),
+        ({"authorization": "Bearer sésame".encode().decode("latin-1")}, 401),
+        ({"authorization": "Bearer sesame"}, 200),
+    ],
+)
+def test_changing_needs_the_token_reading_does_not(headers: dict[str, str], status: int) -> None:
+    http = client("sesame")
+    sent = {name: value.encode("latin-1") for name, value in headers.items()}
+    assert http.post("/scale", json={"groups": 4}, headers=sent).status_code == status
+    assert http.post("/drain", json={"group": "g1"}, headers=sent).status_code == status
+    assert bool(ASKED) is (status == 200)
+    assert http.get("/placement/history").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        (b'{"groups": "4"}', "groups"),
+        (b'{"groups": -1}', "groups"),
+        (b'{"groups": true}', "groups"),
+        (b'{"groups": 4, "sort": "big"}', "sort"),
+        (b"{}", "groups"),
+        (b"groups=4", "body"),
+    ],
+)
+def test_a_wrong_body_is_named(body: bytes, named: str) -> None:
+    answer = client(None).post("/scale", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400 and named in answer.json()["error"]["message"]
+    assert not ASKED
+
+
+def test_a_web_page_of_another_site_cannot_post_it() -> None:
+    http = client(None)
+    answer = http.post("/scale", content=b'{"groups": 1}', headers={"content-type": "text/plain"})
+    assert answer.status_code == 415
+    long = b'{"groups": 1' + b" " * 5000 + b"}"
+    answer = http.post("/scale", content=long, headers={"content-type": "application/json"})
+    assert answer.status_code == 413 and not ASKED
