@@ -72,7 +72,9 @@ def local_engine(path: Path) -> tuple[Engine, LocalExperts]:
         for expert in range(count):
             shard.add(layer, expert, load_expert(spec, layer, expert))
     experts = LocalExperts(shard)
-    return Engine(load_dense(spec, experts), experts, EngineConfig()), experts
+    # The same prompts come again: without this they would be found computed.
+    config = EngineConfig(prefix_cache=False)
+    return Engine(load_dense(spec, experts), experts, config), experts
 
 
 def run_engine(engine: Engine, prompts: Prompts, new: int) -> list[list[int]]:

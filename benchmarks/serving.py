@@ -273,12 +273,14 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     try:
         for streams in args.streams:
-            prompts = ragged_prompts(streams, vocab, *args.prompt_tokens, seed=streams)
+            prompts = ragged_prompts(streams, vocab, *args.prompt_tokens, seed=streams - 1)
             variant = reference.best_variant(prompts)
             run_endpoint(server, prompts)
             before = engine_seconds(server)
             turns, cpu = [], {}
-            for _ in range(args.turns):
+            for turn in range(args.turns):
+                # Other prompts each time, or the prefix cache would know them.
+                prompts = ragged_prompts(streams, vocab, *args.prompt_tokens, seed=streams + turn)
                 cpu_before = cpu_seconds(server)
                 ours_now = run_endpoint(server, prompts)
                 for role, used in difference(cpu_seconds(server), cpu_before).items():

@@ -33,6 +33,9 @@ from raymoe.errors import CheckpointError
 IMPLEMENTATION = "raymoe"
 """Our name in transformers' registry of experts functions."""
 
+LARGEST_TURNED = 1 << 20
+"""Numbers of the largest weight that is stored [in, out]."""
+
 
 class Experts(Protocol):
     """Where the routed experts are (`raymoe.engine.seam`): in this process, or in groups."""
@@ -92,6 +95,7 @@ def load_dense(
     if spec.quantization == "fp8":
         _apply_scales(model, WeightFiles(Path(spec.path)))
     bind(model, spec, experts)
+    lay_out(model)
     evaluated: nn.Module = model.eval()
     return evaluated
 
@@ -128,6 +132,30 @@ def _apply_scales(model: nn.Module, files: WeightFiles) -> None:
         if files.dtype(key) == "F8_E4M3" and target in parameters:
             weight = from_fp8(files.tensor(key), files.tensor(scale_key(key)))
             parameters[target].copy_(weight)
+
+
+@torch.no_grad()
+def lay_out(model: nn.Module) -> None:
+    """Store small weights of linear layers [in, out] on CPUs; they look as before.
+
+    4 to 32 rows take 0.5 to 0.9 of the time then, other counts the same (2 rows: 1.2). Matrices of
+    2048 x 2048 lose from 16 rows on and stay. A weight shared with an embedding, which reads rows,
+    is copied.
+    """
+    embedded = {
+        module.weight.data_ptr() for module in model.modules() if isinstance(module, nn.Embedding)
+    }
+    for module in model.modules():
+        if type(module) is not nn.Linear or module.weight.device.type != "cpu":
+            continue
+        weight = module.weight
+        if weight.dtype is not torch.float32 or weight.numel() > LARGEST_TURNED:
+            continue
+        turned = weight.t().contiguous().t()  # [out, in], strides (1, out)
+        if weight.data_ptr() in embedded:
+            module.weight = nn.Parameter(turned, requires_grad=False)
+        else:
+            weight.data = turned
 
 
 def bind(model: Any, spec: ModelSpec, experts: Experts) -> None:
