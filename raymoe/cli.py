@@ -1,4 +1,4 @@
-"""The command line: `raymoe serve | status | scale | drain | history | plan | simulate`."""
+"""The command line: `raymoe serve | status | scale | drain | history | plan | simulate | bench`."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from raymoe.cli_admin import add_admin_parsers
+    from raymoe.cli_bench import add_bench_parser
     from raymoe.cli_plan import add_plan_parser
     from raymoe.cli_simulate import add_simulate_parser
 
@@ -48,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     add_admin_parsers(commands)
     add_plan_parser(commands)
     add_simulate_parser(commands)
+    add_bench_parser(commands)
     return parser
 
 
