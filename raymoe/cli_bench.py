@@ -83,7 +83,8 @@ def run_bench(args: argparse.Namespace) -> int:
     check(args)
     with _deployment(args) as url:
         key = args.api_key or os.environ.get("OPENAI_API_KEY")
-        results = asyncio.run(measure(args, url, key))
+        token = os.environ.get("RAYMOE_ADMIN_TOKEN")  # as `raymoe drain` takes it
+        results = asyncio.run(measure(args, url, key, token))
     arguments = {
         name: value for name, value in vars(args).items() if name not in ("run", "api_key")
     }

@@ -47,14 +47,17 @@ def check(args: argparse.Namespace) -> None:
         parse_objective(args.objective)
 
 
-async def measure(args: argparse.Namespace, url: str, api_key: str | None) -> dict[str, Any]:
+async def measure(
+    args: argparse.Namespace, url: str, api_key: str | None, admin_token: str | None
+) -> dict[str, Any]:
     """Warms up, runs, and returns everything a report needs. Raises ConfigError."""
     endpoint = Endpoint.of(url, api_key)
     objective = parse_objective(args.objective) if args.objective else None
     source = _source(args)
     model = args.model or await _first_model(endpoint)
     config = _config(args, model)
-    faults = Faults(endpoint, [parse_fault(text) for text in args.fault], _say)
+    planned = [parse_fault(text) for text in args.fault]
+    faults = Faults(endpoint, planned, _say, admin_token)
     await faults.check()
     await _warm_up(args, endpoint, config)
     before = await _profile_status(endpoint) if args.profile else None

@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from raymoe.bench.sse import BadAnswer, Endpoint, get_json, post_json
@@ -56,7 +56,15 @@ def _named(numbers: list[float]) -> dict[str, float]:
 class Faults:
     """Carries faults out. `done` lists what was done, as (second, sentence)."""
 
-    def __init__(self, endpoint: Endpoint, faults: Sequence[Fault], say: Say) -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        faults: Sequence[Fault],
+        say: Say,
+        admin_token: str | None = None,
+    ) -> None:
+        """admin_token: for draining, where the deployment asks for one."""
+        self._admin = replace(endpoint, api_key=admin_token)
         self.done: list[tuple[float, str]] = []
         self._endpoint = endpoint
         self._faults = sorted(faults, key=lambda fault: fault.at_s)
@@ -72,8 +80,6 @@ class Faults:
             raise ConfigError(f"faults need a deployment on this machine, not on {host}")
         for fault in self._faults:
             await self._pid(fault.target)
-            if fault.kind == "drain":
-                await self._drain_path()
 
     async def run(self, now: Callable[[], float]) -> None:
         """All of them, each at its second of `now`."""
@@ -90,7 +96,7 @@ class Faults:
         try:
             name, pid = await self._pid(fault.target)
             if fault.kind == "drain":
-                await post_json(self._endpoint, await self._drain_path(), {"group": name})
+                await post_json(self._admin, "/drain", {"group": name})
         except (BadAnswer, ConfigError, OSError) as error:
             self._note(now(), f"{fault.kind} {fault.target} failed: {error}")
             return
@@ -131,14 +137,6 @@ class Faults:
                 return str(one["id"]), int(one["pid"])
         ids = [one["id"] for one in (*status["groups"], *status["routers"])]
         raise ConfigError(f"no ready {target!r}; there are {', '.join(ids)} and controller")
-
-    async def _drain_path(self) -> str:
-        """The route that drains a group, by the endpoint's own description."""
-        described = await get_json(self._endpoint, "/openapi.json")
-        for path, operations in described["paths"].items():
-            if "post" in operations and path.rstrip("/").endswith("/drain") and "{" not in path:
-                return str(path)
-        raise ConfigError("this endpoint has no route that drains a group")
 
     def _note(self, at_s: float, said: str) -> None:
         self.done.append((at_s, said))
