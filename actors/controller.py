@@ -29,6 +29,8 @@ from raymoe.config import DeploymentConfig, read_secret
 from raymoe.control import ControlServer
 from raymoe.errors import ConfigError
 from raymoe.identity import identity_of
+from raymoe.observe.ledger import Ledger
+from raymoe.observe.observer import Observer
 
 __all__ = ["PlacementController", "ensure_controller", "find_controller", "reason"]
 
@@ -50,6 +52,8 @@ class PlacementController:
         self._control = ControlServer(identity, secret, host=_listen_host(self._config))
         self._loop = ControlLoop(self._config, self._spec, self._control, self._memory)
         self._lock = self._loop.lock
+        self._ledger = Ledger(time.monotonic(), restarted=self._loop.term > 1)
+        self._observer = Observer()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
         self._thread.start()
@@ -119,6 +123,41 @@ class PlacementController:
         with self._lock:
             return self._loop.history.to_dict(self._loop.mind)
 
+    def exchange(self, gateway_id: str, entries: Any, experts: bool) -> dict[str, Any]:
+        """A gateway tells what it has counted and hears what all have (`actors.metrics.Scrapes`).
+
+        With `experts` the series of single experts are among what is shown.
+        """
+        with self._lock:
+            answer = self._ledger.exchange(gateway_id, entries, time.monotonic())
+            shown = self._observer.shown(experts=experts)
+            return {**answer, "status": self.status(), "shown": shown}
+
+    def view(
+        self, since_seq: int, since_at: float, layers: list[int], why: bool
+    ) -> dict[str, Any]:
+        """What the web page shows (`Observer.view`), with the status."""
+        with self._lock:
+            view = self._observer.view(since_seq, since_at, layers, why)
+            return {**view, "status": self.status()}
+
+    def _look(self) -> None:
+        """Lets the observer see what there is, once a second."""
+        now, loop = time.monotonic(), self._loop
+        if not self._observer.due(now):
+            return
+        with self._lock:
+            self._observer.look(
+                self.status(),
+                loop.publisher.table,
+                loop.traffic.load,
+                loop.history.to_dict(loop.mind),
+                loop.history.why_of,
+                self._ledger.values(now),
+                now=now,
+                at=time.time(),
+            )
+
     def scale(self, groups: int, kind: str | None = None) -> dict[str, Any]:
         """So many groups of a kind are to serve. {"members"}, or {"error"}: why not."""
         return self._want(
@@ -160,6 +199,7 @@ class PlacementController:
             self._loop.begin()
             while not self._stop.is_set():
                 self._loop.turn(self._config.placement.interval_s)
+                self._look()
         except Exception:
             log.exception("the placement controller fails")
             if not self._stop.is_set():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import ray
@@ -12,7 +14,7 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 
 from actors.controller import find_controller
-from actors.metrics import StatusCache
+from actors.metrics import Scrapes, StatusCache
 from raymoe.checkpoint.spec import ModelSpec
 from raymoe.config import DeploymentConfig, read_admin_token, read_secret
 from raymoe.errors import RaymoeError, RouterUnavailable
@@ -20,6 +22,8 @@ from raymoe.gateway import AppConfig, GatewayTokenizer, PoolConfig, RouterPool, 
 from raymoe.gateway.admin import add_admin_routes
 from raymoe.identity import identity_of
 from raymoe.stream.messages import StreamEndpoint
+from raymoe.ui.hub import Hub
+from raymoe.ui.routes import add_page
 
 _ASK_S = 5.0
 
@@ -77,6 +81,7 @@ def gateway_app(config: dict[str, Any], spec_json: str) -> FastAPI:
         ),
     )
     cached = StatusCache(lambda: controller.ask("status"))
+    scrapes = Scrapes(secrets.token_hex(8), partial(controller.ask, "exchange"))
     app = create_app(
         pool,
         GatewayTokenizer.load(spec.path),
@@ -85,9 +90,12 @@ def gateway_app(config: dict[str, Any], spec_json: str) -> FastAPI:
             request_timeout_s=checked.gateway.request_timeout_s,
         ),
         placement=lambda: controller.ask("placement"),
-        more_metrics=cached.metrics,
+        exposition=scrapes.text,
+        alongside=scrapes.beats,
         degraded=cached.degraded,
     )
+
+    add_page(app, Hub(partial(controller.ask, "view")))
 
     @app.get("/status")
     async def status() -> Response:

@@ -180,7 +180,12 @@ class Router:
             "node": self.node,
             "state": "failed" if self._died else "ready",
             "endpoint": self._stream.endpoint.to_dict(),
-            "profile": {**asdict(self._engine.stats), **asdict(self._experts.stats)},
+            "profile": {
+                **asdict(self._engine.stats),
+                **asdict(self._experts.stats),
+                "kv_used_blocks": self._engine.pool.used,
+                "kv_blocks": self._engine.pool.blocks - 1,  # block 0 is padding
+            },
         }
 
     def _controller_address(self) -> tuple[str, int]:

@@ -45,6 +45,7 @@ class Answer:
         self._timer: asyncio.TimerHandle | None = None
         self._started = time.monotonic()
         self._first_token: float | None = None
+        self._last_token = [0.0] * len(choices)  # monotonic seconds; 0: none yet
         self._closed = False
 
     @property
@@ -84,9 +85,10 @@ class Answer:
             ) from None
         except RaymoeError as error:
             raise api_error(error) from error
+        now = time.monotonic()
         if self._first_token is None:
-            self._first_token = time.monotonic()
-            self._metrics.first_token_s.observe(self._first_token - self._started)
+            self._first_token = now
+            self._metrics.first_token_s.observe(now - self._started)
         batch: Batch = []
         for at, event in events:
             choice = self.choices[at]
@@ -95,6 +97,9 @@ class Answer:
             if event.finish == "error":
                 raise event_error(event)
             self._metrics.generation_tokens.add(len(event.token_ids))
+            if self._last_token[at]:
+                self._metrics.between_tokens_s.observe(now - self._last_token[at])
+            self._last_token[at] = now
             delta = choice.take(event)
             if delta.finish is not None:
                 self._unfinished -= 1
@@ -116,12 +121,14 @@ class Answer:
         for choice, generation in zip(self.choices, self._generations, strict=False):
             if choice.finish is None:
                 generation.cancel()
-                self._metrics.finished.add(1, ("abandoned",))
+                self._metrics.finished.add(1, ("abort",))
         if self.ended:
             self._observe_end(time.monotonic())
 
     def _observe_end(self, now: float) -> None:
         self._metrics.request_s.observe(now - self._started)
+        self._metrics.request_prompt_tokens.observe(self.prompt_tokens)
+        self._metrics.request_generation_tokens.observe(self.completion_tokens)
         longest = max((choice.completion_tokens for choice in self.choices), default=0)
         if self._first_token is not None and longest > 1:
             self._metrics.per_token_s.observe((now - self._first_token) / (longest - 1))

@@ -6,10 +6,11 @@ that are included (FastAPI 0.137 and later).
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ from raymoe.gateway.backend import Backend
 from raymoe.gateway.bodies import read_body
 from raymoe.gateway.errors import ApiError, api_error
 from raymoe.gateway.inbox import ClientGone
-from raymoe.gateway.metrics import CONTENT_TYPE
+from raymoe.gateway.metrics import CONTENT_TYPE, Registry
 from raymoe.gateway.observe import GatewayMetrics
 from raymoe.gateway.openapi import body_of, describe
 from raymoe.gateway.prompts import chat_text
@@ -34,7 +35,8 @@ from raymoe.gateway.tokenizer import GatewayTokenizer
 log = logging.getLogger(__name__)
 _CLIENT_CLOSED = 499  # nobody sees it but our metrics
 Placement = Callable[[], Mapping[str, Any] | Awaitable[Mapping[str, Any]]]
-MoreMetrics = Callable[[], str | Awaitable[str]]
+Exposition = Callable[[Registry, bool], Awaitable[str]]
+Alongside = Callable[[Registry], Coroutine[Any, Any, None]]
 Degraded = Callable[[], bool | Awaitable[bool]]
 
 
@@ -54,20 +56,26 @@ def create_app(
     config: AppConfig,
     *,
     placement: Placement | None = None,
-    more_metrics: MoreMetrics | None = None,
+    exposition: Exposition | None = None,
+    alongside: Alongside | None = None,
     degraded: Degraded | None = None,
 ) -> FastAPI:
     """The application; its lifespan starts and closes the backend.
 
     placement: what GET /placement answers (JSON-able), or a coroutine function giving it.
-    more_metrics: Prometheus text to put after the gateway's own.
+    exposition: Prometheus text of /metrics from this gateway's own metrics, and whether series
+    of single experts are wanted; without it those of this gateway alone are shown.
+    alongside: runs from start to end of the application.
     degraded: whether requests are accepted but may have to wait for experts; GET /health says so.
     """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await backend.start()
+        beside = None if alongside is None else asyncio.create_task(alongside(metrics.registry))
         yield
+        if beside is not None:
+            beside.cancel()
         await backend.close()
 
     app = FastAPI(title="raymoe", lifespan=lifespan)
@@ -152,10 +160,9 @@ def create_app(
         return JSONResponse({"status": status, "routers": len(backend.routers())})
 
     @app.get("/metrics")
-    async def prometheus() -> Response:
-        text = metrics.registry.text()
-        if more_metrics is not None:
-            text += await _maybe_await(more_metrics())
+    async def prometheus(experts: bool = False) -> Response:
+        own = metrics.registry
+        text = own.text() if exposition is None else await exposition(own, experts)
         return PlainTextResponse(text, media_type=CONTENT_TYPE)
 
     @app.get("/placement")
@@ -211,7 +218,16 @@ def _answer_errors(app: FastAPI, metrics: GatewayMetrics) -> None:
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 _ROUTES = frozenset(
     {"/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/embeddings", "/tokenize"}
-    | {"/detokenize", "/health", "/metrics", "/placement", "/status"}
+    | {
+        "/detokenize",
+        "/health",
+        "/metrics",
+        "/placement",
+        "/status",
+        "/ui",
+        "/ui/events",
+        "/ui/view",
+    }
 )
 
 

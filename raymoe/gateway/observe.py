@@ -3,59 +3,41 @@
 from __future__ import annotations
 
 from raymoe.gateway.backend import Backend
-from raymoe.gateway.metrics import Labels, Registry
+from raymoe.gateway.metrics import Registry
+from raymoe.observe.catalogue import Labels
 
 
 class GatewayMetrics:
-    """The metrics by their names, all prefixed raymoe_."""
+    """The gateway's metrics; `raymoe.observe.catalogue` says what they are."""
 
     def __init__(self, backend: Backend) -> None:
+        self._backend = backend
         self.registry = registry = Registry()
-        self.requests = registry.counter(
-            "raymoe_http_requests_total", "HTTP requests by route and status.", ("route", "status")
-        )
-        self.finished = registry.counter(
-            "raymoe_choices_finished_total", "Outputs by the way they ended.", ("reason",)
-        )
-        self.prompt_tokens = registry.counter(
-            "raymoe_prompt_tokens_total", "Prompt tokens of accepted requests."
-        )
-        self.generation_tokens = registry.counter(
-            "raymoe_generation_tokens_total", "Tokens generated."
-        )
-        self.first_token_s = registry.histogram(
-            "raymoe_time_to_first_token_seconds", "From the request to its first token."
-        )
-        self.per_token_s = registry.histogram(
-            "raymoe_time_per_output_token_seconds", "Mean time between tokens, per request."
-        )
-        self.request_s = registry.histogram(
-            "raymoe_request_duration_seconds", "From the request to its last token."
-        )
-        registry.reading(
-            "raymoe_gateway_requests_in_flight",
-            "Outputs being generated for this gateway.",
-            lambda: {(): backend.in_flight},
-        )
-        registry.reading(
-            "raymoe_gateway_resubmitted_total",
-            "Outputs that went on at another router.",
-            lambda: {(): backend.resubmitted},
-            kind="counter",
-        )
-        registry.reading(
-            "raymoe_gateway_routers",
-            "Routers connected to this gateway.",
-            lambda: {(): len(backend.routers())},
-        )
+        self.requests = registry.counter("http_requests_total")
+        self.finished = registry.counter("request_success_total")
+        self.prompt_tokens = registry.counter("prompt_tokens_total")
+        self.generation_tokens = registry.counter("generation_tokens_total")
+        self.first_token_s = registry.histogram("time_to_first_token_seconds")
+        self.per_token_s = registry.histogram("time_per_output_token_seconds")
+        self.between_tokens_s = registry.histogram("inter_token_latency_seconds")
+        self.request_s = registry.histogram("e2e_request_latency_seconds")
+        self.request_prompt_tokens = registry.histogram("request_prompt_tokens")
+        self.request_generation_tokens = registry.histogram("request_generation_tokens")
+        registry.reading("gateway_requests_in_flight", lambda: {(): backend.in_flight})
+        registry.reading("gateway_resubmitted_total", lambda: {(): backend.resubmitted})
+        registry.reading("gateway_routers", lambda: {(): len(backend.routers())})
         for name in ("running", "waiting"):
             registry.reading(
-                f"raymoe_router_requests_{name}",
-                f"Requests {name} at a router, of all gateways.",
-                lambda name=name: self._loads(name),  # type: ignore[misc]
-                ("router",),
+                f"num_requests_{name}",
+                lambda name=name: self._sum_of_loads(name),  # type: ignore[misc]
             )
-        self._backend = backend
+            registry.reading(
+                f"router_requests_{name}",
+                lambda name=name: self._loads(name),  # type: ignore[misc]
+            )
+
+    def _sum_of_loads(self, name: str) -> dict[Labels, float]:
+        return {(): sum(self._loads(name).values())}
 
     def _loads(self, name: str) -> dict[Labels, float]:
         return {

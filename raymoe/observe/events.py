@@ -78,14 +78,14 @@ def of_tables(before: Table, after: Table, why: Why) -> Iterator[Said]:
             if group_id in other.group_ids:
                 had = other.resident[:, :, other.group_ids.index(group_id)]
             changed = np.argwhere(one.resident[:, :, g] & ~had).tolist()
-            verb, on = ("joined", "on") if added else ("left", "from")
+            verb = "added on" if added else "removed from"
             if len(changed) > _MOST_SINGLE:
-                yield "replica", f"{len(changed)} replicas {verb}, {on} {group_id}"
+                yield "replica", f"{len(changed)} replicas {verb} {group_id}"
                 continue
             for layer, expert in changed:
                 reason = why((layer, expert, group_id))[1] if added else ""
                 said = f": {reason}" if reason else ""
-                yield "replica", f"layer {layer} expert {expert} {verb} {on} {group_id}{said}"
+                yield "replica", f"layer {layer} expert {expert} {verb} {group_id}{said}"
 
 
 def changes(before: Table | None, after: Table) -> tuple[dict[str, int], dict[str, int]]:

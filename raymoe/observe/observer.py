@@ -34,6 +34,7 @@ class Observer:
         self._status: Status | None = None
         self._table: Table | None = None
         self._load: Floats | None = None
+        self._why: Why | None = None
         self._values: Values = {}
         self._told_at = 0.0  # of the reconciler's last event taken over
         self._plans: Counter[str] = Counter()
@@ -80,12 +81,15 @@ class Observer:
             profile = router["profile"]
             self._answers.take(router["id"], profile.get("answers", {}))
             self._latency_s.take(router["id"], profile.get("latency_s", {}))
-        self._status, self._table, self._load = status, table, load
+        self._status, self._table, self._load, self._why = status, table, load, why
         if now - self._sampled_s >= self._sample_s:
             self._sample(values, now, at)
 
-    def view(self, since_seq: int, since_at: float, layers: Sequence[int]) -> dict[str, Any]:
-        """What the page shows and has not seen yet (JSON-safe)."""
+    def view(
+        self, since_seq: int, since_at: float, layers: Sequence[int], why: bool = False
+    ) -> dict[str, Any]:
+        """What the page shows and has not seen yet (JSON-safe). With `why`: since when replicas
+        of these layers are where they are, and why."""
         return {
             "seq": self.events.seq,
             "events": self.events.since(since_seq),
@@ -95,7 +99,7 @@ class Observer:
             "latency_s": self._mean_latency_s(),
             "plans": sum(self._plans.values()),
             "last_plan": {k: v for k, v in self._last_plan.items() if k != "reasons"},
-            "layers": {str(layer): self._layer(layer) for layer in layers},
+            "layers": {str(layer): self._layer(layer, why) for layer in layers},
             "layer_count": 0 if self._table is None else len(self._table.resident),
         }
 
@@ -145,7 +149,7 @@ class Observer:
         work = np.einsum("le,leg->g", load, table.share)
         return {g: round(float(w), 2) for g, w in zip(table.group_ids, work, strict=True)}
 
-    def _layer(self, layer: int) -> dict[str, Any]:
+    def _layer(self, layer: int, with_why: bool) -> dict[str, Any]:
         """{"groups": ids, "load": pairs/s by expert, "share": [expert][group], 0: no replica}"""
         table, load = self._table, self._load
         if table is None or load is None or not 0 <= layer < len(table.resident):
@@ -153,7 +157,13 @@ class Observer:
         present = np.flatnonzero(table.copies.any(0) | (load > 0).any(0))
         experts = int(present.max()) + 1 if len(present) else 0
         share = np.where(table.resident[layer], np.maximum(table.share[layer], 1e-6), 0.0)
+        why = {}
+        if with_why and self._why is not None:
+            for e, g in np.argwhere(table.resident[layer]).tolist():
+                since, reason = self._why((layer, e, table.group_ids[g]))
+                why[f"{e},{g}"] = {"since": since, "why": reason}
         return {
+            "why": why,
             "groups": list(table.group_ids),
             "load": [round(float(x), 2) for x in load[layer, :experts]],
             "share": [[round(float(x), 6) for x in row] for row in share[:experts]],

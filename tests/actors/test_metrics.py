@@ -7,28 +7,42 @@ from dataclasses import asdict
 from typing import Any
 from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 
-from actors.metrics import StatusCache, status_metrics
+from actors.executor import CopyStats
+from actors.metrics import Scrapes, StatusCache, status_values
 from actors.views import group_row, router_rows
+from placement.table import Table
 from raymoe.client.stats import ClientStats
 from raymoe.engine.stats import EngineStats
 from raymoe.errors import RouterUnavailable
+from raymoe.gateway.metrics import Registry, text_of
+from raymoe.observe.catalogue import ON_DEMAND, PLACEMENT, ROUTERS
+from raymoe.observe.ledger import Ledger
+from raymoe.observe.observer import Observer
 
 
 def group(name: str, state: str, **changes: Any) -> dict[str, Any]:
     row = {"id": name, "state": state, "speed": 1.0, "resident_bytes": 4096, "replicas": 8}
-    return {**row, "deaths": 0, **changes}
+    return {**row, "deaths": 0, "memory_bytes": 8192, "queued_pairs": 3, **changes}
 
 
 def status(**changes: Any) -> dict[str, Any]:
-    profile = {**asdict(EngineStats()), **asdict(ClientStats(retried_pairs=5, nacks=2))}
+    profile = {
+        **asdict(EngineStats(steps=9, forward_s=1.5, prefix_reused_tokens=32)),
+        **asdict(ClientStats(retried_pairs=5, nacks=2, wait_s=0.25)),
+        "kv_used_blocks": 3,
+        "kv_blocks": 12,
+    }
     rows: dict[str, Any] = {
         "ready": True,
+        "term": 1,
         "epoch": 7,
         "balancedness": 0.875,
         "groups": [group("g0", "ready"), group("g1", "lost", deaths=3, speed=0.5, replicas=0)],
         "routers": [{"id": 'r"0', "profile": profile}],
+        "copies": vars(CopyStats(copied=4, copied_bytes=400, loaded=1, copy_s=0.5)),
     }
     return {**rows, **changes}
 
@@ -39,44 +53,134 @@ def values(text: str) -> dict[str, str]:
 
 
 def test_every_row_of_the_status_shows() -> None:
-    text = status_metrics(status())
-    assert values(text) == {
+    text = text_of(status_values(status()))
+    shown = values(text)
+    wanted = {
         "raymoe_epoch": "7",
         "raymoe_ready": "1",
         "raymoe_balancedness": "0.875",
         'raymoe_group_up{group="g0"}': "1",
         'raymoe_group_up{group="g1"}': "0",
-        'raymoe_group_deaths_total{group="g0"}': "0",
         'raymoe_group_deaths_total{group="g1"}': "3",
-        'raymoe_group_resident_bytes{group="g0"}': "4096",
+        'raymoe_group_memory_bytes{group="g0"}': "8192",
         'raymoe_group_resident_bytes{group="g1"}': "4096",
         'raymoe_group_replicas{group="g0"}': "8",
-        'raymoe_group_replicas{group="g1"}': "0",
-        'raymoe_group_speed{group="g0"}': "1",
+        'raymoe_group_queued_pairs{group="g0"}': "3",
         'raymoe_group_speed{group="g1"}': "0.5",
+        'raymoe_kv_cache_usage_perc{router="r\\"0"}': "0.25",
+        'raymoe_prefix_cache_hits_total{router="r\\"0"}': "32",
+        'raymoe_engine_steps_total{router="r\\"0"}': "9",
+        'raymoe_engine_seconds_total{router="r\\"0",part="forward"}': "1.5",
+        'raymoe_dispatch_seconds_total{router="r\\"0",part="wait"}': "0.25",
         'raymoe_router_retried_pairs_total{router="r\\"0"}': "5",
         'raymoe_router_nacks_total{router="r\\"0"}': "2",
-        'raymoe_router_deadlines_total{router="r\\"0"}': "0",
-        'raymoe_router_links_lost_total{router="r\\"0"}': "0",
-        'raymoe_router_preemptions_total{router="r\\"0"}': "0",
-        'raymoe_router_prefix_queried_tokens_total{router="r\\"0"}': "0",
-        'raymoe_router_prefix_reused_tokens_total{router="r\\"0"}': "0",
+        'raymoe_migrations_total{source="group"}': "4",
+        'raymoe_migrations_total{source="checkpoint"}': "1",
+        'raymoe_migrated_bytes_total{source="group"}': "400",
+        "raymoe_migration_seconds_total": "0.5",
     }
-    for name in values(text):
+    assert {name: shown.get(name) for name in wanted} == wanted
+    for name in shown:
         bare = name.partition("{")[0]
         kind = "counter" if bare.endswith("_total") else "gauge"
         assert text.count(f"# TYPE {bare} {kind}\n") == 1
-    assert text.endswith("\n")
+
+
+def test_what_the_controller_shows_is_what_the_catalogue_says_of_it() -> None:
+    observer = Observer()
+    load = np.ones((1, 1))
+    one = np.ones(1)
+    table = Table(
+        term=1,
+        epoch=1,
+        group_ids=("g0",),
+        resident=np.ones((1, 1, 1), np.bool_),
+        share=np.ones((1, 1, 1)),
+        speed=one,
+        alpha_s=one,
+        gamma_s=one,
+    )
+    observer.look(
+        {**status(), "groups": []}, table, load, {}, lambda _: (0, ""), {}, now=2.0, at=2.0
+    )
+    shown = {*status_values(status()), *observer.shown(experts=True), "raymoe_controller_up"}
+    assert shown == {s.name for s in (*ROUTERS, *PLACEMENT, *ON_DEMAND)}
 
 
 def test_a_deployment_that_starts_has_metrics_too() -> None:
     empty = status(ready=False, epoch=0, balancedness=None, groups=[], routers=[])
-    assert values(status_metrics(empty)) == {"raymoe_epoch": "0", "raymoe_ready": "0"}
+    shown = values(text_of(status_values(empty)))
+    assert shown["raymoe_ready"] == "0" and "raymoe_balancedness" not in shown
 
 
 def test_the_controllers_rows_have_what_is_shown() -> None:
     assert set(group("g0", "ready")) <= set(group_row(MagicMock()))
     assert {"id", "profile"} <= set(*map(set, router_rows([MagicMock()])))
+
+
+class Told:
+    """A controller's side of `exchange`: the real ledger, a status, and a time that is set."""
+
+    def __init__(self) -> None:
+        self.now, self.away = 0.0, False
+        self.ledger = Ledger(self.now, restarted=False)
+
+    async def __call__(self, gateway_id: str, entries: Any, experts: bool) -> dict[str, Any]:
+        if self.away:
+            raise RouterUnavailable("the controller restarts")
+        answer = self.ledger.exchange(gateway_id, entries, self.now)
+        shown = {"raymoe_expert_load": {("0", "1"): 2.5}} if experts else {}
+        return {**answer, "status": status(), "shown": shown}
+
+
+def test_whichever_gateway_is_asked_counters_are_those_of_all() -> None:
+    async def main() -> None:
+        told = Told()
+        registries = [Registry(), Registry()]
+        counters = [registry.counter("generation_tokens_total") for registry in registries]
+        gateways = [Scrapes(f"gateway-{i}", told) for i in range(2)]
+
+        async def shown(i: int, experts: bool = False) -> dict[str, str]:
+            return values(await gateways[i].text(registries[i], experts))
+
+        counters[0].add(10)
+        await shown(0)
+        counters[1].add(5)
+        name = "raymoe_generation_tokens_total"
+        assert (await shown(1))[name] == (await shown(0))[name] == "15"
+        assert 'raymoe_expert_load{layer="0",expert="1"}' not in await shown(0)
+        assert (await shown(0, True))['raymoe_expert_load{layer="0",expert="1"}'] == "2.5"
+
+        told.away = True  # what the other has counted since is not known: no sum at all
+        alone = await shown(1)
+        assert name not in alone and alone["raymoe_controller_up"] == "0"
+        told.away, told.ledger = False, Ledger(told.now, restarted=True)
+        assert name not in await shown(1)
+        told.now += 6
+        counters[0].add(1)
+        assert (await shown(0))[name] == (await shown(1))[name] == "16"
+
+        told.now += 60  # the first has ended: what it counted stays
+        assert (await shown(1))[name] == "16"
+        told.away = True
+        counters[1].add(1)
+        assert (await shown(1))[name] == "17", "alone it needs no controller"
+
+    asyncio.run(main())
+
+
+def test_a_scrape_does_not_wait_for_a_controller_that_hangs() -> None:
+    async def main() -> None:
+        async def hang(*_: Any) -> dict[str, Any]:
+            await asyncio.Event().wait()
+            return {}
+
+        registry = Registry()
+        registry.counter("generation_tokens_total").add(3)
+        text = await Scrapes("gateway", hang, patience_s=0.01).text(registry, False)
+        assert values(text) == {"raymoe_controller_up": "0"}, "there may be other gateways"
+
+    asyncio.run(main())
 
 
 class Controller:
@@ -100,8 +204,7 @@ def test_the_controller_is_asked_once_for_many() -> None:
     async def main() -> None:
         controller = Controller()
         cache = StatusCache(controller, keep_s=3600.0)
-        texts = await asyncio.gather(*(cache.metrics() for _ in range(9)))
-        assert set(texts) == {status_metrics(status())}
+        assert await asyncio.gather(*(cache.get() for _ in range(9))) == [status()] * 9
         controller.answer = status(ready=False)
         assert not await cache.degraded()
         assert controller.asked == 1
@@ -116,9 +219,8 @@ def test_a_lost_expert_shows_and_a_lost_controller_is_no_error() -> None:
         assert not await cache.degraded()
         controller.answer = status(ready=False)
         assert await cache.degraded()
-        assert "raymoe_ready 0\n" in await cache.metrics()
         controller.answer = RouterUnavailable("the controller restarts")
-        assert await cache.metrics() == ""
+        assert await cache.get() is None
         assert not await cache.degraded()
         controller.answer = RuntimeError("a bug")
         with pytest.raises(RuntimeError):
@@ -132,10 +234,10 @@ def test_nobody_waits_for_a_controller_that_hangs() -> None:
         controller = Controller()
         cache = StatusCache(controller, keep_s=0.0, patience_s=0.01)
         controller.free.clear()
-        assert await cache.metrics() == ""
+        assert await cache.get() is None
         controller.free.set()
         await asyncio.sleep(0)
-        assert await cache.metrics() != ""
+        assert await cache.get() is not None
         controller.free.clear()
         controller.answer = status(ready=False)
         assert not await cache.degraded()  # what was known last

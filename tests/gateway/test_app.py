@@ -15,7 +15,7 @@ from tests.gateway.fakes import FakeRouter
 from tests.gateway.tiny_tokenizer import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
-SAMPLE = re.compile(r'^[a-z_]+(\{[a-z]+="[^"]*"(,[a-z]+="[^"]*")*\})? (\+Inf|-?[0-9.e+-]+)$')
+SAMPLE = re.compile(r'^[a-z0-9_]+(\{[a-z_]+="[^"]*"(,[a-z_]+="[^"]*")*\})? (\+Inf|-?[0-9.e+-]+)$')
 
 
 def endless() -> FakeRouter:
@@ -40,17 +40,19 @@ def test_metrics_are_prometheus_text_and_count() -> None:
                 answer = await http.get("/metrics")
         assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
         lines = answer.text.splitlines()
-        assert all(line.startswith("# ") or SAMPLE.match(line) for line in lines)
+        assert [x for x in lines if not (x.startswith("# ") or SAMPLE.match(x))] == []
         values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
         assert values["raymoe_prompt_tokens_total"] == "6"
         assert values["raymoe_generation_tokens_total"] == "20"
-        assert values['raymoe_choices_finished_total{reason="length"}'] == "4"
+        assert values['raymoe_request_success_total{finished_reason="length"}'] == "4"
         route = 'raymoe_http_requests_total{route="/v1/completions",status='
         assert values[route + '"200"}'] == "2"
         assert values[route + '"400"}'] == "1"
-        for name in ("time_to_first_token", "time_per_output_token", "request_duration"):
+        for name in ("time_to_first_token", "time_per_output_token", "e2e_request_latency"):
             assert values[f"raymoe_{name}_seconds_count"] == "2"
             assert values[f'raymoe_{name}_seconds_bucket{{le="+Inf"}}'] == "2"
+        assert values["raymoe_inter_token_latency_seconds_count"] == "16"
+        assert values['raymoe_request_generation_tokens_bucket{le="10.0"}'] == "2"
         assert values["raymoe_gateway_requests_in_flight"] == "0"
         assert values["raymoe_gateway_routers"] == "1"
         assert values["raymoe_gateway_resubmitted_total"] == "0"
@@ -62,25 +64,29 @@ def test_metrics_are_prometheus_text_and_count() -> None:
 
 def test_a_histogram_is_cumulative_and_labels_are_escaped() -> None:
     registry = Registry()
-    histogram = registry.histogram("h_seconds", "Help.")
-    for value in (0.0005, 0.001, 0.3, 500):
+    histogram = registry.histogram("e2e_request_latency_seconds")
+    for value in (0.0005, 0.1, 0.7, 5000):
         histogram.observe(value)
-    registry.counter("c_total", "Help.", ("name",)).add(2.5, ('a"\\\n',))
+    registry.counter("http_requests_total").add(2.5, ('a"\\\n', "200"))
     text = registry.text()
-    assert 'h_seconds_bucket{le="0.001"} 2\n' in text
-    assert 'h_seconds_bucket{le="0.5"} 3\n' in text
-    assert 'h_seconds_bucket{le="120"} 3\n' in text
-    assert 'h_seconds_bucket{le="+Inf"} 4\n' in text
-    assert "h_seconds_count 4\n" in text
-    assert 'c_total{name="a\\"\\\\\\n"} 2.5\n' in text
+    bucket = "raymoe_e2e_request_latency_seconds_bucket"
+    assert f'{bucket}{{le="0.1"}} 2\n' in text
+    assert f'{bucket}{{le="0.8"}} 3\n' in text
+    assert f'{bucket}{{le="1920.0"}} 3\n' in text
+    assert f'{bucket}{{le="+Inf"}} 4\n' in text
+    assert "raymoe_e2e_request_latency_seconds_count 4\n" in text
+    assert 'raymoe_http_requests_total{route="a\\"\\\\\\n",status="200"} 2.5\n' in text
 
 
-def test_hooks_for_placement_and_more_metrics() -> None:
+def test_hooks_for_placement_and_metrics() -> None:
     async def main() -> None:
         import httpx
 
         async def placement() -> dict[str, Any]:
             return {"epoch": 3}
+
+        async def exposition(own: Registry, experts: bool) -> str:
+            return own.text() + f"raymoe_epoch {3 + experts}\n"
 
         pool = pool_of([])
         app = create_app(
@@ -88,7 +94,7 @@ def test_hooks_for_placement_and_more_metrics() -> None:
             TOKENIZER,
             AppConfig(model_name="tiny"),
             placement=placement,
-            more_metrics=lambda: "raymoe_epoch 3\n",
+            exposition=exposition,
         )
 
         @app.get("/status")  # as the gateway's shell adds it
@@ -102,6 +108,8 @@ def test_hooks_for_placement_and_more_metrics() -> None:
             await http.get("/status")
             text = (await http.get("/metrics")).text
             assert text.endswith("raymoe_epoch 3\n")
+            wanted = (await http.get("/metrics", params={"experts": 1})).text
+            assert wanted.endswith("raymoe_epoch 4\n")
             assert 'raymoe_http_requests_total{route="/status",status="200"} 1\n' in text
 
     asyncio.run(main())

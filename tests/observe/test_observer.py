@@ -86,12 +86,12 @@ def test_moves_are_told_and_counted_and_nothing_else_is_said() -> None:
     assert rig.look(calm, table_of(1, HALVES)) == []
     both = {**HALVES, "g1": [*HALVES["g1"], (0, 1)]}
     joined = rig.look(calm, table_of(2, both))
-    assert joined == ["replica: layer 0 expert 1 joined on g1: its load grew"]
+    assert joined == ["replica: layer 0 expert 1 added on g1: its load grew"]
     moved = {"g0": [c for c in HALVES["g0"] if c != (0, 1)], "g1": both["g1"]}
-    assert rig.look(calm, table_of(3, moved)) == ["replica: layer 0 expert 1 left from g0"]
+    assert rig.look(calm, table_of(3, moved)) == ["replica: layer 0 expert 1 removed from g0"]
     lost = rig.look(calm, table_of(4, {"g1": [(la, e) for la in range(L) for e in range(E)]}))
     assert [s for s in lost if "g1" in s] == [
-        f"replica: layer {la} expert {e} joined on g1: its load grew"
+        f"replica: layer {la} expert {e} added on g1: its load grew"
         for la, e in [(0, 0), (1, 0), (1, 1)]
     ]
     shown = rig.observer.shown(experts=True)
@@ -106,7 +106,7 @@ def test_many_changes_at_once_are_one_sentence() -> None:
     everything = [(layer, expert) for layer in range(L) for expert in range(E)]
     rig.look(status(group("g0")), table_of(1, {"g0": everything}))
     said = rig.look(status(group("g0")), table_of(2, {"g0": everything, "g1": everything}))
-    assert said == ["replica: 8 replicas joined, on g1"]
+    assert said == ["replica: 8 replicas added on g1"]
 
 
 def test_groups_and_routers_that_come_and_go() -> None:
@@ -162,6 +162,10 @@ def test_loads_by_share_and_balancedness_by_layer() -> None:
     assert view["layers"]["0"]["share"][2] == [0.0, 1.0]
     assert view["layers"]["7"] == {"groups": [], "load": [], "share": []}
     assert view["latency_s"] == {"g0": 0.5}
+    assert view["layers"]["0"]["why"] == {}
+    told = rig.observer.view(0, 0.0, [0], why=True)["layers"]["0"]["why"]
+    assert set(told) == {"0,0", "1,0", "2,1", "3,1"}
+    assert told["2,1"] == {"since": 0.0, "why": "its load grew"}
 
 
 def test_answers_of_routers_that_end_are_kept() -> None:
