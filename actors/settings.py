@@ -25,6 +25,7 @@ def reconcile_config(config: DeploymentConfig, spec: ModelSpec) -> ReconcileConf
         ),
         plan_every_s=place.plan_interval_s,
         live=place.live,
+        copies=place.copies,
         loads_per_group=max(1, min(_MOST_LOADS, _CALL_BYTES // max(spec.expert_bytes))),
     )
 

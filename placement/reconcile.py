@@ -18,6 +18,7 @@ from placement.actions import Action, Snapshot
 from placement.autoscale import Autoscaler
 from placement.complete import complete
 from placement.converge import Converger
+from placement.copies import with_copies
 from placement.dwell import Dwell, Held
 from placement.elastic import Elastic
 from placement.errors import PlacementError
@@ -45,6 +46,7 @@ class ReconcileConfig:
                    and single wild measurements, are taken for noise
     dwell_s        a copy that came or went is left alone for so long, unless something is owed;
                    None: twice plan_every_s
+    copies         every expert is kept so many times where memory allows, whatever it gains
     live           False: never move for gain, only restore and drain (static placement)
     """
 
@@ -55,6 +57,7 @@ class ReconcileConfig:
     speed_change: float = 0.1
     live: bool = True
     loads_per_group: int = 4
+    copies: int = 1
     dwell_s: float | None = None
 
     def __post_init__(self) -> None:
@@ -186,7 +189,8 @@ class Reconciler:
             if snapshot.ready.any():
                 self._target = _observed(snapshot)  # a restarted controller goes on from here
             elif not forecast.load.any():
-                self._target = place_at_start(fleet, experts=snapshot.ready.shape[1])
+                start = place_at_start(fleet, experts=snapshot.ready.shape[1])
+                self._target = with_copies(start, fleet, config.copies)
                 self._explain_new(fleet, snapshot.ready, "placed at start, by bytes and speed")
                 return
         if trigger == "groups" and not forecast.load.any():
@@ -203,6 +207,8 @@ class Reconciler:
             self._adopt_plan(plan, fleet, now, trigger or "load")
         elif self._target is not None:
             self._fill(forecast, fleet, staying)
+        if self._target is not None:
+            self._double(forecast, fleet, staying)
 
     def _plan(
         self,
@@ -241,6 +247,18 @@ class Reconciler:
             self.converger.new_target()
             self._explain_new(fleet, held, "restored: no group that is left had it")
             self.events.append(f"{int(added.sum())} experts restored, reserves included")
+
+    def _double(self, forecast: Forecast, fleet: Fleet, staying: Bools) -> None:
+        """More copies for the sake of survival, where memory is left."""
+        assert self._target is not None
+        held = self._target.resident
+        more = with_copies(self._target, fleet, self.config.copies, forecast.load, staying)
+        if (more.resident & ~held).any():
+            before = self.converger.reasons
+            self._target = more
+            self._explain_new(fleet, held, "a further copy, should a group be lost")
+            self.converger.reasons = {**self.converger.reasons, **before}
+            self.converger.new_target()
 
     def _explain_new(self, fleet: Fleet, before: Bools, why: str) -> None:
         """One reason for all replicas of the target that are not in `before`."""

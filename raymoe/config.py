@@ -230,6 +230,13 @@ class PlacementConfig(_Checked):
         "none",
         description="plans leave memory for one of each expert when any one of these is lost",
     )
+    copies: int = Field(
+        1,
+        ge=1,
+        le=8,
+        description="every expert is kept so many times, in different groups, where memory allows; "
+        "2: a lost group costs no wait",
+    )
     plan_interval_s: float = Field(
         10.0, gt=0, description="least time between two plans while the groups stay the same"
     )

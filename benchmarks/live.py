@@ -1,0 +1,198 @@
+"""A running deployment and streams that never stop: what chaos.py and elastic.py measure with.
+
+The client is a few lines of asyncio on plain sockets: it must not take the cores it measures on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+_SERVE = (sys.executable, "-m", "raymoe.cli", "serve")
+DOMAINS = {
+    "scripture": "And it came to pass in those days, that",
+    "code": "def main(argv=None):\n    parser = argparse.ArgumentParser(",
+    "proofs": "|- ( ph -> ( ps -> ch ) ) $= ( wi",
+    "plays": "ROMEO. Shall I hear more, or shall I speak at this?",
+}
+
+
+class Server:
+    """`raymoe serve` with these settings, as a child process."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = int(probe.getsockname()[1])
+        self._folder = tempfile.TemporaryDirectory()
+        config = Path(self._folder.name) / "config.yaml"
+        config.write_text(yaml.safe_dump(settings))
+        self.log: list[str] = []
+        self.process = subprocess.Popen(
+            [*_SERVE, "--config", str(config), "--port", str(self.port)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.log.append(line.rstrip())
+            if line.startswith("ready:"):
+                return
+        raise RuntimeError("raymoe serve did not come up:\n" + "\n".join(self.log))
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+        self._folder.cleanup()
+
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=30) as answer:
+            return json.load(answer)
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}",
+            data=json.dumps(body).encode(),
+            headers={"content-type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
+
+    def groups(self) -> dict[str, dict[str, Any]]:
+        """Rows of the status by id."""
+        return {g["id"]: g for g in self.get("/status")["groups"]}
+
+    def wait(self, what: Callable[[], bool], limit_s: float = 120.0) -> float:
+        """Seconds until it came true; raises when it does not."""
+        started = time.monotonic()
+        while not what():
+            if time.monotonic() - started > limit_s:
+                raise TimeoutError(f"not within {limit_s} s: {self.get('/status')}")
+            time.sleep(0.05)
+        return time.monotonic() - started
+
+    def kill(self, group_id: str) -> None:
+        os.kill(self.groups()[group_id]["pid"], signal.SIGKILL)
+
+
+@dataclass
+class Stream:
+    """Arrival times (monotonic seconds) of the chunks of one request."""
+
+    times: list[float] = field(default_factory=list)
+    failed: str = ""
+
+
+class Load:
+    """`streams` requests at any time, each followed by the next, until the block ends."""
+
+    def __init__(self, port: int, streams: int, tokens: int, domains: list[str]) -> None:
+        self._port, self._streams, self._tokens = port, streams, tokens
+        self.domains = domains  # may be changed while it runs
+        self.done: list[Stream] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
+
+    def __enter__(self) -> Load:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(120)
+
+    @property
+    def failures(self) -> list[str]:
+        return [stream.failed for stream in self.done if stream.failed]
+
+    def gaps(self, since: float, until: float) -> np.ndarray:
+        """Seconds between two chunks of one stream, of all gaps that touch the time span."""
+        gaps = []
+        for stream in list(self.done):
+            times = np.array(stream.times)
+            inside = (times[1:] >= since) & (times[:-1] <= until)
+            gaps.append(np.diff(times)[inside])
+        return np.concatenate(gaps) if gaps else np.zeros(0)
+
+    def rate(self, since: float, until: float) -> float:
+        """Tokens/s of all streams in the time span (a chunk a token)."""
+        count = sum(
+            int(((t := np.array(stream.times)) >= since).sum() - (t >= until).sum())
+            for stream in list(self.done)
+            if stream.times
+        )
+        return count / (until - since)
+
+    async def _run(self) -> None:
+        await asyncio.gather(*(self._one_after_another(n) for n in range(self._streams)))
+
+    async def _one_after_another(self, number: int) -> None:
+        turn = number
+        while not self._stop.is_set():
+            domain = self.domains[turn % len(self.domains)]
+            stream = Stream()
+            self.done.append(stream)
+            try:
+                await self._ask(f"{DOMAINS[domain]} {turn}", stream)
+            except (OSError, asyncio.IncompleteReadError) as e:
+                stream.failed = repr(e)
+            turn += self._streams
+
+    async def _ask(self, prompt: str, stream: Stream) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
+        body = json.dumps(
+            {
+                "model": "demo",
+                "prompt": prompt,
+                "max_tokens": self._tokens,
+                "temperature": 0,
+                "stream": True,
+                "ignore_eos": True,
+            }
+        ).encode()
+        head = (
+            "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        writer.write(head.encode() + body)
+        status = await reader.readline()
+        if b" 200 " not in status:
+            stream.failed = status.decode().strip()
+        ended = False
+        while line := await reader.readline():
+            if line.startswith(b"data: [DONE]"):
+                ended = True
+            elif line.startswith(b"data: "):
+                stream.times.append(time.monotonic())
+                if b'"error"' in line:
+                    stream.failed = line.decode().strip()
+        writer.close()
+        if not ended and not stream.failed:
+            stream.failed = "the stream ended before [DONE]"
+
+
+def percentile(values: np.ndarray, part: float) -> float:
+    return float(np.percentile(values, part)) if len(values) else float("nan")
