@@ -156,10 +156,17 @@ SERVE: list[tuple[Mistake, str]] = [
     (in_config("- name: Router", "- name: Routers"), "no deployment 'Routers'"),
     (in_config("kv_bytes", "kv_byte"), "kv_byte"),
     (in_config("load_timeout_s: 1800", "load_timeout_s: -1"), "load_timeout_s"),
+    (in_config("survive: group", "survive: all"), "survive"),
     (in_config("port: 8000", "port: 8001"), "0.0.0.0:8000"),
     (in_config("route_prefix: /", "route_prefix: /v2"), "route_prefix"),
     (in_config("host: node", "host: 127.0.0.1"), "data_plane.host"),
     (in_config("/etc/raymoe/deployment_secret", "/etc/secret"), "/etc/secret"),
+    (
+        in_config("        admin_token_file: /etc/raymoe/admin_token", "       "),
+        "admin_token_file None",
+    ),
+    (in_config("max_count: 4", "max_count: 6"), "maxReplicas"),
+    (in_config("          max_count: 4", "         "), "without max_count"),
     (in_config("/models/model", "Qwen/Qwen3-30B-A3B"), "not mounted"),
     (in_config("graceful_shutdown_timeout_s: 270", "health_check_period_s: 5"), "must fill"),
     (lambda d: service(d).update(rayClusterDeletionDelaySeconds=60), "old cluster"),
@@ -169,7 +176,7 @@ SERVE: list[tuple[Mistake, str]] = [
     ),
     (in_config("raymoe-pool: experts", "raymoe-pool: export"), "groups of kind gpu"),
     (in_config("num_gpus: 1", "num_gpus: 2"), "groups of kind gpu"),
-    (in_config("count: 3", "count: 5"), "maxReplicas"),
+    (in_config("min_count: 3", "min_count: 5"), "min_count"),
     (in_config("num_cpus: 3", "num_cpus: 5"), "routers"),
     (
         lambda d: (

@@ -83,8 +83,12 @@ def reachable(docs: list[Doc]) -> Iterator[str]:
             continue
         secret = (pod.volume("/etc/raymoe") or {}).get("secret", {})
         files = [f"/etc/raymoe/{item['path']}" for item in secret.get("items", [])]
-        if settings.secret_file not in files:
-            yield f"{pod.owner}: secret_file {settings.secret_file} is not mounted"
+        for name, file in (
+            ("secret_file", settings.secret_file),
+            ("admin_token_file", settings.gateway.admin_token_file),
+        ):
+            if file not in files:
+                yield f"{pod.owner}: {name} {file} is not mounted"
         if not settings.model.startswith("/models/") or pod.volume("/models") is None:
             yield f"{pod.owner}: model {settings.model} is not mounted"
 
@@ -121,10 +125,15 @@ def placeable(docs: list[Doc]) -> Iterator[str]:
         if len(places) != 1:
             yield f"{what}: exactly one worker group must suit them, found {places}"
             continue
-        used[places[0]] += one.count * _share(workers(docs)[places[0]], one)
+        most = one.count
+        if isinstance(one, GroupsConfig):
+            if one.max_count is None and settings.placement.autoscale.enabled:
+                yield f"{what}: scaled without max_count, beyond what any pool has"
+            most = one.max_count or one.count
+        used[places[0]] += most * _share(workers(docs)[places[0]], one)
     for name, share in used.items():
         if share > workers(docs)[name]["maxReplicas"]:
-            yield f"{name}: maxReplicas is too small for what is placed there ({share:.2f} pods)"
+            yield f"{name}: maxReplicas is too small for what may be there ({share:.2f} pods)"
         if share == 0:
             yield f"{name}: nothing is ever placed there"
     for kind in settings.groups:
