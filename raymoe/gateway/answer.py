@@ -37,7 +37,7 @@ class Answer:
         self.prompt_tokens = prompt_tokens
         self._backend = backend
         self._metrics = metrics
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         self._inbox = Inbox()
         self._generations: list[Generation] = []
         self._unfinished = len(choices)
@@ -68,9 +68,9 @@ class Answer:
             )
         self._metrics.prompt_tokens.add(self.prompt_tokens)
         self._watcher = asyncio.create_task(self._watch(receive))
-        if self._timeout_s is not None:
+        if self.timeout_s is not None:
             loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(self._timeout_s, self._inbox.fail, TimeoutError())
+            self._timer = loop.call_later(self.timeout_s, self._inbox.fail, TimeoutError())
 
     async def next(self) -> Batch:
         """What has come since: (choice, delta) for each event, at least one; in order.
@@ -81,7 +81,7 @@ class Answer:
             events = await self._inbox.take()
         except TimeoutError:
             raise ApiError(
-                504, f"the request took longer than {self._timeout_s:g} s", code="request_timeout"
+                504, f"the request took longer than {self.timeout_s:g} s", code="request_timeout"
             ) from None
         except RaymoeError as error:
             raise api_error(error) from error

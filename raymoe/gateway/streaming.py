@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -14,6 +15,8 @@ from raymoe.gateway.errors import ApiError
 from raymoe.gateway.inbox import ClientGone
 from raymoe.gateway.shapes import ChunkWriter, error_chunk, usage
 
+UNREAD_S = 30.0
+"""How much longer than a request may take its stream waits for a client that does not read."""
 Opening = Callable[[Choice], bytes]
 
 
@@ -48,24 +51,29 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         answer = self._answer
+        limit_s = None if answer.timeout_s is None else answer.timeout_s + UNREAD_S
         try:
-            start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-            await send(start)
-            try:
-                await self._write(send, self._first)
-                while not answer.ended:
-                    await self._write(send, await answer.next())
-                cached = sum(choice.cached_prompt_tokens for choice in answer.choices)
-                end = self._writer.last(
-                    usage(answer.prompt_tokens, answer.completion_tokens, cached)
-                )
-            except ApiError as error:
-                end = error_chunk(error.body)
-            await send({"type": "http.response.body", "body": end, "more_body": False})
-        except (ClientGone, OSError):  # an ASGI server may raise OSError for a closed connection
+            async with asyncio.timeout(limit_s):
+                await self._send_all(answer, send)
+        except (ClientGone, OSError):
+            # OSError: what an ASGI server may raise for a closed connection, and TimeoutError, of a
+            # client that does not read. An answer without its end makes the server close.
             return
         finally:
             answer.close()
+
+    async def _send_all(self, answer: Answer, send: Send) -> None:
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await send(start)
+        try:
+            await self._write(send, self._first)
+            while not answer.ended:
+                await self._write(send, await answer.next())
+            cached = sum(choice.cached_prompt_tokens for choice in answer.choices)
+            end = self._writer.last(usage(answer.prompt_tokens, answer.completion_tokens, cached))
+        except ApiError as error:
+            end = error_chunk(error.body)
+        await send({"type": "http.response.body", "body": end, "more_body": False})
 
     async def _write(self, send: Callable[[Any], Awaitable[None]], batch: Batch) -> None:
         answer, writer = self._answer, self._writer
