@@ -67,7 +67,7 @@ async def measure(
         "url": endpoint.url,
         "summary": summary(records, run.seconds, objective),
         "domains": {
-            domain: summary([one for one in records if one.domain == domain], run.seconds)
+            domain: _short(summary([one for one in records if one.domain == domain], run.seconds))
             for domain in sorted({one.domain for one in records})
         },
         "faults": faults.done,
@@ -196,6 +196,12 @@ async def _profile_status(endpoint: Endpoint) -> dict[str, Any]:
     except (BadAnswer, OSError, LookupError, TypeError):
         pass
     raise ConfigError(f"--profile needs a raymoe deployment, and {endpoint.url} is none")
+
+
+def _short(found: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: found[name] for name in ("requests", "failed", "output_tokens", "ttft_s", "tpot_s")
+    }
 
 
 def _request(record: Record) -> dict[str, Any]:
