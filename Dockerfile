@@ -1,4 +1,4 @@
-# Two images from one file; nothing of Debian's is added to the base.
+# Two images from one file.
 #   docker build --target cpu  -t raymoe:0.1.0-cpu  .
 #   docker build --target cuda -t raymoe:0.1.0-cuda .
 # For a build that can be repeated to the byte, give the base by digest:
@@ -34,7 +34,13 @@ COPY actors actors
 RUN pip install --no-cache-dir --constraint constraints.txt "ray[serve]==${RAY_VERSION}" .
 
 FROM ${PYTHON_IMAGE} AS run
-RUN groupadd --gid 1000 raymoe && \
+# The compiler: raymoe/native is compiled where it runs, for the processor it runs on. Without one
+# numpy and torch do the same, slower. Not pinned: Debian's mirrors keep only the last versions.
+# hadolint ignore=DL3008
+RUN apt-get update && \
+    apt-get install --yes --no-install-recommends gcc libc6-dev && \
+    rm -rf /var/lib/apt/lists/* && \
+    groupadd --gid 1000 raymoe && \
     useradd --uid 1000 --gid 1000 --no-create-home --home-dir /tmp raymoe
 # HOME: the root file system may be read-only, /tmp is the place to write.
 ENV PATH=/opt/raymoe/bin:${PATH} HOME=/tmp PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1

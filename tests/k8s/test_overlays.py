@@ -3,6 +3,7 @@ mistake, planted into what was built, is found."""
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -12,7 +13,16 @@ import pytest
 from tests.k8s import rules_cluster, rules_objects, rules_pods, rules_serve
 from tests.k8s.crd import crd_file, rayservice_schema
 from tests.k8s.mistakes import MISTAKES, Mistake
-from tests.k8s.overlays import K8S, OVERLAYS, Doc, build, of_kind, read_all
+from tests.k8s.overlays import (
+    K8S,
+    OVERLAYS,
+    Doc,
+    build,
+    cluster_of,
+    of_kind,
+    quantity,
+    read_all,
+)
 from tests.k8s.schemas import CUSTOM, custom_schema, problems_of_structure
 
 RULES = (*rules_pods.RULES, *rules_cluster.RULES, *rules_serve.RULES, *rules_objects.RULES)
@@ -79,3 +89,18 @@ def test_a_planted_mistake_is_found(plant: Mistake, said: str) -> None:
     plant(docs)
     found = problems(docs)
     assert [problem for problem in found if re.search(said, problem)], found
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_sizes_that_the_readme_tells(overlay: str) -> None:
+    docs = build(overlay)
+    cluster = cluster_of(docs)
+    pods = [(cluster["headGroupSpec"]["template"]["spec"], 1)]
+    pods += [(g["template"]["spec"], g["replicas"]) for g in cluster["workerGroupSpecs"]]
+    pods += [(s["spec"]["template"]["spec"], 1) for s in of_kind(docs, "StatefulSet")]
+    asked = [(spec["containers"][0]["resources"]["requests"], n) for spec, n in pods]
+    asked.append((cluster["autoscalerOptions"]["resources"]["requests"], 1))
+    cores = math.ceil(sum(quantity(one["cpu"]) * n for one, n in asked))
+    gib = math.ceil(sum(quantity(one["memory"]) * n for one, n in asked) / 2**30)
+    (row,) = re.findall(rf"^\| `{overlay}` .*$", (K8S / "README.md").read_text(), re.M)
+    assert f"{cores} cores" in row and f"{gib} GiB" in row, (cores, gib)
