@@ -6,54 +6,20 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from placement.table import Table
 from raymoe.checkpoint.reader import read_spec
-from raymoe.checkpoint.spec import ModelSpec
 from raymoe.config import DeploymentConfig
 from raymoe.control import ControlServer
-from raymoe.experts.shard import ExpertShard
-from raymoe.group import GroupRuntime
 from raymoe.identity import identity_of
-from raymoe.links.server import ServerConfig
 from raymoe.table import GroupEndpoint, RoutingTable
-
-SECRET = "a secret of the tests only"
-NODE = "n"
-
-Held = Collection[tuple[int, int]]
-
-
-def serve(spec_json: str, group_id: str, held: Held, pipe: Connection) -> None:
-    """A group process: loads (layer, expert) pairs, then adds those it is sent, until None."""
-    torch.set_num_threads(1)
-    spec = ModelSpec.from_json(spec_json)
-    config = DeploymentConfig(model=spec.path)
-    shard = ExpertShard(spec, sum(spec.expert_bytes) * spec.experts)
-    group = GroupRuntime(
-        spec,
-        group_id,
-        1,
-        shard,
-        identity_of(config, spec),
-        SECRET.encode(),
-        node=NODE,
-        config=ServerConfig(tcp_host=None),
-    )
-    more: Held | None = held
-    while more is not None:
-        for layer, expert in more:
-            group.add_from_checkpoint(layer, expert)
-        pipe.send(group.endpoint())
-        more = pipe.recv()
-    group.close()
+from tests.vllm.group_process import NODE, SECRET, Held, serve
 
 
 class Fleet:
@@ -73,7 +39,7 @@ class Fleet:
         self.held = {g: {pair for pair in self.every if holds(*pair)} for g, holds in held.items()}
         self.epoch = 0
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.vllm.groups"])
+        context.set_forkserver_preload(["tests.vllm.group_process"])
         self.processes: dict[str, Any] = {}
         self._pipes: dict[str, Connection] = {}
         for group_id, pairs in self.held.items():

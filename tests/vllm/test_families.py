@@ -30,5 +30,10 @@ def test_tokens_are_those_of_stock_vllm(family: str, tmp_path: Path) -> None:
             assert names and not [n for n in names if "experts" in n and "shared" not in n]
             assert differences(reference, generate(engine, asked)) == []
             assert remote_of(engine).client.stats.batches > 24
+        if family == "qwen2_moe":  # the one with a shared expert, compiled too
+            compiled = {**options, "enforce_eager": False}
+            with remote_engine(model, fleet.settings(tmp_path / "secret"), **compiled) as engine:
+                assert differences(reference, generate(engine, asked)) == []
+                assert remote_of(engine).client.stats.batches > 24
     finally:
         fleet.close()
