@@ -22,6 +22,7 @@ class PlanConfig:
     switch          a full plan replaces a delta plan when its net gain is so many times better
     batches_per_s   batches of a layer a second, to price active experts; 0: unknown
     rounds          local-search rounds of a delta plan
+    polish          rounds of small changes at random after it, on fleets where that is cheap
     """
 
     horizon_s: float = 60.0
@@ -32,6 +33,7 @@ class PlanConfig:
     switch: float = 1.05
     batches_per_s: float = 0.0
     rounds: int = 12
+    polish: int = 36
 
     def __post_init__(self) -> None:
         if not self.horizon_s > 0:

@@ -8,10 +8,14 @@ from placement.dwell import Held
 from placement.errors import PlacementError
 from placement.forecast import Forecast
 from placement.plan import PlanConfig
+from placement.polish import Polisher
 from placement.pour import host_lists, pour
 from placement.score import layer_score
-from placement.search import Searcher
+from placement.search import Change, Searcher
 from placement.types import Bools, Fleet, Floats, Ints, bytes_by_group
+
+_SMALL = 100_000  # replicas that might be: up to here every plan is polished
+_DEAR = 6.0  # margins: what is found by chance fits the scenarios it was found on
 
 
 class Problem:
@@ -66,14 +70,17 @@ class Problem:
         hosts, copies = host_lists(resident)
         return layer_score(pour(cases, hosts, copies, self.rate, self.base).level, self.rate)
 
+    @property
+    def _cells(self) -> int:
+        return self.load.size * len(self.fleet.groups)
+
     def case_count(self) -> int:
         """Scenarios to weigh: fewer on large fleets, where pouring them takes the time."""
-        cells = self.load.size * len(self.fleet.groups)
-        return 8 if cells < 100_000 else 3 if cells < 1_500_000 else 1
+        return 12 if self._cells < _SMALL else 3 if self._cells < 1_500_000 else 1
 
     def rounds(self, cut: int) -> int:
         """Fewer search rounds on large fleets: the next delta plan goes on from there."""
-        large = self.load.size * len(self.fleet.groups) >= 500_000
+        large = self._cells >= 500_000
         return -(-self.config.rounds // cut) if large else self.config.rounds
 
     def search(
@@ -108,4 +115,40 @@ class Problem:
             held=dwelling,
         )
         searcher.run(rounds)
+        if rounds and self.config.polish and self._cells < _SMALL:
+            self._polish(searcher, dwelling)
         return searcher
+
+    def _polish(self, searcher: Searcher, dwelling: Held | None) -> None:
+        """Small changes at random on top of what the search found; dear ones only."""
+        polisher = Polisher(
+            load=searcher.load,
+            resident=searcher.resident,
+            allowed=self.staying,
+            room=searcher.room,
+            size=self.size,
+            rate=self.rate,
+            base=self.base,
+            price=searcher.price,
+            margin=_DEAR * searcher.margin,
+            byte_limit=searcher.byte_limit - searcher.loaded,
+            held=dwelling,
+        )
+        polisher.run(self.config.polish)
+        searcher.score = polisher.score
+        searcher.loaded += polisher.loaded
+        searcher.changes += [
+            Change(
+                kind=step.kind,
+                layer=step.layer,
+                expert=step.expert,
+                source=step.source,
+                target=step.target,
+                other_layer=step.layer if step.other >= 0 else -1,
+                other_expert=step.other,
+                loaded_bytes=int(self.size[step.layer]) * (2 if step.kind == "swap" else 1),
+                gain=step.gain,
+                price=step.price,
+            )
+            for step in polisher.steps
+        ]

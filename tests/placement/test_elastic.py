@@ -18,7 +18,7 @@ KIND = Kind(name="default", speed=1.0, memory_bytes=120, bandwidth_bytes_per_s=1
 SCALE = ScaleConfig(
     target=0.6, high=0.8, low=0.45, up_after_s=0.0, down_after_s=2.0, cool_down_s=0.9
 )
-PLAN = ReconcileConfig(plan=PlanConfig(horizon_s=1e4), plan_every_s=0.5)
+PLAN = ReconcileConfig(plan=PlanConfig(horizon_s=1e4, polish=0), plan_every_s=0.5)
 
 
 def daily(windows=30, peak=4.0, layers=2, experts=8):

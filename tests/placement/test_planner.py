@@ -90,7 +90,7 @@ def planned(make):
         return None if error.missing_bytes > 0 else pytest.fail("no bytes are missing")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(problems())
 def test_every_plan_satisfies_every_constraint(problem):
     spec, counts, rng = problem

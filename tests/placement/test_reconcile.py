@@ -25,7 +25,7 @@ def counts(windows=6, layers=2, experts=12, seed=0, pairs=20_000):
 
 
 def config(**more):
-    plan = PlanConfig(horizon_s=1e4, **more)
+    plan = PlanConfig(horizon_s=1e4, polish=0, **more)
     return ReconcileConfig(plan=plan, plan_every_s=0.01)
 
 

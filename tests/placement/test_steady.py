@@ -88,7 +88,9 @@ def test_five_per_cent_of_noise_make_no_plan_and_no_table(seed):
     spec = costly()
     shape = rng.lognormal(0, 1.2, (2, 12))
     counts = shape / shape.sum(1, keepdims=True) * 20_000
-    config = ReconcileConfig(plan=PlanConfig(horizon_s=1e4), plan_every_s=1.0, dwell_s=0.0)
+    config = ReconcileConfig(
+        plan=PlanConfig(horizon_s=1e4, polish=0), plan_every_s=1.0, dwell_s=0.0
+    )
     fake, mind = FakeFleet(spec, 2, 12), Reconciler(config=config)
     late = []
     for now in range(45):
@@ -107,7 +109,7 @@ def test_a_group_three_times_slower_loses_load_within_a_few_windows(seed, which)
     spec = fleet(groups=4, layers=2, slots=12)
     shape = rng.lognormal(0, 1.0, (2, 12))
     counts = shape / shape.sum(1, keepdims=True) * 20_000
-    config = ReconcileConfig(plan=PlanConfig(horizon_s=1e4), plan_every_s=1.0)
+    config = ReconcileConfig(plan=PlanConfig(horizon_s=1e4, polish=0), plan_every_s=1.0)
     fake, mind = FakeFleet(spec, 2, 12), Reconciler(config=config)
 
     def carried():
@@ -131,7 +133,7 @@ def plain(load):
     return Forecast(load=load, scenarios=load[None], spread=load * 0)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.integers(0, 10_000))
 def test_a_delta_plan_leaves_dwelling_copies_alone(seed):
     rng = np.random.default_rng(seed)
@@ -186,7 +188,7 @@ def test_no_copy_comes_and_goes_within_its_dwell():
 
     def shortest_stay(dwell_s):
         config = ReconcileConfig(
-            plan=PlanConfig(horizon_s=1e4, margin=0.0, move_cost=0.0),
+            plan=PlanConfig(horizon_s=1e4, margin=0.0, move_cost=0.0, polish=0),
             plan_every_s=0.5,
             dwell_s=dwell_s,
             mode="delta",
