@@ -20,6 +20,7 @@ from raymoe.errors import ConfigError
 
 _PROGRESS_S = 1.0
 _BEAT_S = 1.5  # routers report to /status once a second
+_BEATS = 4
 
 
 def check(args: argparse.Namespace) -> None:
@@ -60,7 +61,7 @@ async def measure(
     faults = Faults(endpoint, planned, _say, admin_token)
     await faults.check()
     await _warm_up(args, endpoint, config)
-    before = await _profile_status(endpoint) if args.profile else None
+    before = await _standing(endpoint) if args.profile else None
     run, records = await _run(endpoint, config, source, faults, quiet=args.json)
     found = {
         "model": model,
@@ -75,8 +76,7 @@ async def measure(
         "requests": [_request(one) for one in records],
     }
     if before is not None:
-        await asyncio.sleep(_BEAT_S)
-        found["profile"] = profile(before, await _profile_status(endpoint))
+        found["profile"] = profile(before, await _standing(endpoint))
     return found
 
 
@@ -186,6 +186,21 @@ async def _warm_up(args: argparse.Namespace, endpoint: Endpoint, config: RunConf
     wrong = next((one.error for one in await run.run() if one.error), None)
     if wrong is not None:
         raise ConfigError(f"{endpoint.url} does not serve these requests: {wrong}")
+
+
+async def _standing(endpoint: Endpoint) -> dict[str, Any]:
+    """The routers' totals once they no longer change, as far as others let them stand still."""
+    status = await _profile_status(endpoint)
+    for _ in range(_BEATS):
+        await asyncio.sleep(_BEAT_S)
+        last, status = status, await _profile_status(endpoint)
+        if _steps(status) == _steps(last):
+            break
+    return status
+
+
+def _steps(status: dict[str, Any]) -> dict[str, int]:
+    return {one["id"]: one["profile"]["steps"] for one in status["routers"]}
 
 
 async def _profile_status(endpoint: Endpoint) -> dict[str, Any]:

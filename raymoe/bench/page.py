@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -30,7 +31,8 @@ h1{font-size:1.4rem}h2{font-size:1.05rem;margin-top:2rem}.note{color:var(--soft)
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{padding:.25rem .9rem .25rem 0;text-align:right;border-bottom:1px solid var(--line)}
 th:first-child,td:first-child{text-align:left}th{font-weight:600;color:var(--soft)}
-svg{width:100%;height:auto}svg text{fill:var(--soft);font-size:11px}
+.text td,.text th{text-align:left}
+svg{width:100%;min-width:560px;height:auto}svg text{fill:var(--soft);font-size:11px}
 .grid{stroke:var(--line)}.a{stroke:var(--a);fill:none;stroke-width:1.6}
 .dot{fill:var(--b)}.bad{fill:var(--bad)}.fault{stroke:var(--bad);stroke-dasharray:4 3}
 """
@@ -46,13 +48,15 @@ def as_page(results: Mapping[str, Any], title: str, arguments: Mapping[str, Any]
         f'<p class="note">{escape(_sentence(found))}</p>',
         _section("Requests and tokens", _table(["", "value"], count_rows(found))),
         _section("Times, ms", _table(["", *SPREAD], time_rows(found))),
-        _section("Output chunks a second", _lines(series["chunks"], seconds, faults)),
-        _section("Requests under way", _lines(series["running"], seconds, faults)),
-        _section("Time to first token, s, by time of sending", _dots(points, seconds, faults)),
+        _chart("Output chunks a second", *_line(series["chunks"], seconds), seconds, faults),
+        _chart("Requests under way", *_line(series["running"], seconds), seconds, faults),
+        _chart(
+            "Time to first token, s, by time of sending", *_dots(points, seconds), seconds, faults
+        ),
     ]
     if faults:
         rows = [[f"{at:.1f}", said] for at, said in faults]
-        parts.append(_section("Faults", _table(["second", "what"], rows)))
+        parts.append(_section("Faults", _table(["second", "what"], rows, text=True)))
     if found["errors"]:
         rows = [[error, count] for error, count in found["errors"].items()]
         parts.append(_section("Failed requests", _table(["error", "requests"], rows)))
@@ -63,7 +67,7 @@ def as_page(results: Mapping[str, Any], title: str, arguments: Mapping[str, Any]
         parts.append(_section("By layer", _table(LAYER_HEADER, layer_rows(profile))))
         parts.append(_section("By group", _table(GROUP_HEADER, group_rows(profile))))
     rows = [[name, str(value)] for name, value in arguments.items() if value is not None]
-    parts.append(_section("Arguments", _table(["", ""], rows)))
+    parts.append(_section("Arguments", _table(["name", "value"], rows, text=True)))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
@@ -86,48 +90,47 @@ def _section(heading: str, body: str) -> str:
     return f'<section><h2>{escape(heading)}</h2><div class="scroll">{body}</div></section>'
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def _table(header: Sequence[str], rows: Sequence[Sequence[Any]], text: bool = False) -> str:
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in header)
     body = "".join(
         "<tr>" + "".join(f"<td>{escape(cell(value))}</td>" for value in row) + "</tr>"
         for row in rows
     )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    kind = ' class="text"' if text else ""
+    return f"<table{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _lines(values: Sequence[float], seconds: float, faults: Sequence[tuple[float, str]]) -> str:
-    """One value a second."""
+def _line(values: Sequence[float], seconds: float) -> tuple[str, float]:
+    """One value a second: the marks, and the largest value."""
     top = max([*values, 1])
     shown = min(len(values), max(1, int(seconds)))  # the last second is not a whole one
     path = " ".join(f"{_x(at + 0.5, seconds):.1f},{_y(values[at], top):.1f}" for at in range(shown))
-    return _chart(f'<polyline class="a" points="{path}"/>', seconds, top, faults)
+    return f'<polyline class="a" points="{path}"/>', top
 
 
-def _dots(
-    points: Sequence[tuple[float, float | None, bool]],
-    seconds: float,
-    faults: Sequence[tuple[float, str]],
-) -> str:
-    """One dot a request; failed ones at the top, in another colour."""
+def _dots(points: Sequence[tuple[float, float | None, bool]], seconds: float) -> tuple[str, float]:
+    """One dot a request; those without a token at the top, failed ones in another colour."""
     top = max([y for _, y, _ in points if y is not None], default=0.0) or 1.0
     marks = "".join(
         f'<circle class="{"bad" if failed else "dot"}" r="2.4" '
         f'cx="{_x(at, seconds):.1f}" cy="{_y(top if value is None else value, top):.1f}"/>'
         for at, value, failed in points
     )
-    return _chart(marks, seconds, top, faults)
+    return marks, top
 
 
-def _chart(marks: str, seconds: float, top: float, faults: Sequence[tuple[float, str]]) -> str:
+def _chart(
+    name: str, marks: str, top: float, seconds: float, faults: Sequence[tuple[float, str]]
+) -> str:
     parts = []
     for share in (0.0, 0.5, 1.0):
         y = _y(share * top, top)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>')
         label = cell(share * top)
         parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
-    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        x, anchor = _x(share * seconds, seconds), "end" if share == 1 else "middle"
-        label = f"{cell(share * seconds)} s"
+    for at in _ticks(seconds):
+        x, anchor = _x(at, seconds), "end" if at > 0.97 * seconds else "middle"
+        label = f"{at:g} s"
         parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - 6}" text-anchor="{anchor}">{label}</text>')
     for at, said in faults:
         x = _x(min(at, seconds), seconds)
@@ -136,7 +139,16 @@ def _chart(marks: str, seconds: float, top: float, faults: Sequence[tuple[float,
             f"<title>{escape(said)}</title></line>"
         )
     body = "".join(parts) + marks
-    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{body}</svg>'
+    label = escape(f"{name}, over the {seconds:.0f} s of the run; at most {cell(top)}", quote=True)
+    size = f"0 0 {_WIDTH} {_HEIGHT}"
+    return _section(name, f'<svg viewBox="{size}" role="img" aria-label="{label}">{body}</svg>')
+
+
+def _ticks(seconds: float) -> list[float]:
+    """Four to ten round seconds."""
+    step = 10.0 ** math.floor(math.log10(seconds))
+    step *= next(share for share in (0.1, 0.2, 0.25, 0.5, 1, 2) if seconds / (step * share) <= 8)
+    return [step * number for number in range(int(seconds / step) + 1)]
 
 
 def _x(at: float, seconds: float) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from raymoe.bench.measure import Objective, by_second, parse_objective, spread, summary
+from raymoe.bench.page import as_page
 from raymoe.bench.profile import profile
 from raymoe.bench.run import Record
 from raymoe.errors import ConfigError
@@ -95,3 +96,15 @@ def test_a_profile_adds_routers_up_and_leaves_newcomers_out() -> None:
     assert (group["messages"], group["pairs_per_message"]) == (60, 20)
     assert (group["busy_ms"], group["latency_ms"]) == (pytest.approx(20.0), pytest.approx(40.0))
     assert profile(after, after) is None
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.4, 9.03, 20.0, 99.9, 3600.0])
+def test_a_page_of_any_length_has_a_few_ticks(seconds: float) -> None:
+    found = {
+        "summary": summary(RECORDS, seconds), "series": by_second(RECORDS, seconds), "faults": [],
+        "requests": [{"sent_s": 0.0, "ttft_s": None, "failed": True}],
+    }  # fmt: skip
+    page = as_page(found, "<title>", {"mix": "<b>"})
+    assert 3 * 3 <= page.count(" s</text>") <= 3 * 10
+    assert "<title>&lt;title&gt;</title>" in page and "<b>" not in page
+    assert "it broke" in page
