@@ -13,7 +13,7 @@ from typing import Any
 
 from placement.errors import PlacementError
 from raymoe import __version__
-from raymoe.errors import ConfigError, RaymoeError
+from raymoe.errors import RaymoeError
 
 MIB = 1 << 20
 
@@ -36,8 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     from raymoe.cli_admin import add_admin_parsers
     from raymoe.cli_bench import add_bench_parser
+    from raymoe.cli_explain import add_explain_parser
     from raymoe.cli_plan import add_plan_parser
     from raymoe.cli_simulate import add_simulate_parser
+    from raymoe.cli_top import add_top_parser
 
     parser = argparse.ArgumentParser(
         prog="raymoe", description="Elastic serving of Mixture-of-Experts models on Ray."
@@ -46,6 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_serve(commands)
     _add_status(commands)
+    add_top_parser(commands)
+    add_explain_parser(commands)
     add_admin_parsers(commands)
     add_plan_parser(commands)
     add_simulate_parser(commands)
@@ -125,7 +129,9 @@ def _leave_at_once() -> None:
 
 
 def _status(args: argparse.Namespace) -> int:
-    status = _get_json(f"http://{args.host}:{args.port}/status")
+    from raymoe.http_get import get_json
+
+    status = get_json(f"http://{args.host}:{args.port}/status")
     if args.json:
         print(json.dumps(status))
         return 0
@@ -149,22 +155,6 @@ def _status(args: argparse.Namespace) -> int:
 
 def _shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
-
-
-def _get_json(url: str) -> Any:
-    import urllib.error
-    import urllib.request
-
-    try:
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            return json.load(answer)
-    except urllib.error.HTTPError as e:
-        raise ConfigError(f"{url} said {e.code}: {e.read()[:300].decode(errors='replace')}") from e
-    except (urllib.error.URLError, OSError, ValueError) as e:
-        reason = getattr(e, "reason", e)
-        raise ConfigError(
-            f"no raymoe answers at {url} ({reason}): is it serving, on this port?"
-        ) from e
 
 
 if __name__ == "__main__":
