@@ -12,7 +12,9 @@ from raymoe.checkpoint.record import ExpertRecord
 from raymoe.checkpoint.spec import ModelSpec
 from raymoe.errors import CheckpointError, ConfigError
 from raymoe.experts.choose import choose_kernels
+from raymoe.experts.compiled import CompiledKernel, ReplicaTable
 from raymoe.experts.kernels import ExpertKernel, Prepared
+from raymoe.links.protocol import PARTIAL, ROWS, Call, check_words
 
 
 class ExpertShard:
@@ -39,6 +41,12 @@ class ExpertShard:
         )
         self._bytes = spec.resident_bytes(str(dtype).removeprefix("torch."))
         self._replicas: list[list[Prepared | None]] = [[None] * n for n in spec.experts_of_layer]
+        # of layers whose kernel takes addresses; replaced with the list of replicas
+        self._compiled = [k if isinstance(k, CompiledKernel) else None for k in self._kernels]
+        self._tables: list[ReplicaTable | None] = [
+            None if k is None else k.table(replicas)
+            for k, replicas in zip(self._compiled, self._replicas, strict=True)
+        ]
         self._resident_bytes = 0
         self._change = threading.Lock()
         self._compute = threading.Lock()
@@ -106,6 +114,9 @@ class ExpertShard:
         replicas = self._replicas[layer].copy()
         replicas[expert] = prepared
         self._replicas[layer] = replicas  # one store: a reader sees the old list or the new one
+        compiled = self._compiled[layer]
+        if compiled is not None:
+            self._tables[layer] = compiled.table(replicas)
 
     def record(self, layer: int, expert: int) -> ExpertRecord | None:
         """The replica's record in the checkpoint's dtype, to be copied to another group."""
@@ -134,11 +145,22 @@ class ExpertShard:
 
         Returns the experts that are not held; then nothing was computed. Empty when done.
         """
-        of_layer, experts = self._replicas[layer], expert_ids.tolist()
+        table, experts = self._tables[layer], expert_ids.tolist()
+        of_layer = self._replicas[layer] if table is None else table.replicas
         size = len(of_layer)
         replicas = [of_layer[expert] if 0 <= expert < size else None for expert in experts]
         if any(replica is None for replica in replicas):
             return [e for e, replica in zip(experts, replicas, strict=True) if replica is None]
+        if table is not None and experts:
+            exact = out.dtype is self._dtype and out.is_contiguous()
+            total = out if exact else torch.empty(out.shape, dtype=self._dtype)
+            x = x.to(self._dtype).contiguous()
+            self._compute_compiled(
+                layer, table, x, expert_ids, counts, token_of_pair, weights, total
+            )
+            if not exact:
+                out.copy_(total)
+            return []
         with self._compute, torch.inference_mode():
             if x.dtype != self._dtype:
                 x = x.to(self._dtype)
@@ -153,6 +175,61 @@ class ExpertShard:
                 total = torch.empty(out.shape, dtype=self._dtype, device=x.device)
                 out.copy_(_sum(of_pair, weights, token_of_pair, total))
         return []
+
+    def compute_at(self, call: Call, words: int, weights: int | None, x: int, out: int) -> bool:
+        """`compute` on addresses, all float32 and int32, for a message that has been checked.
+
+        `words` are expert_ids [n], counts [n], token_of_pair [P]; weights [P] or None. False, and
+        nothing has been computed, when some expert is not held or the layer's kernel is not
+        compiled: `compute` tells which.
+        """
+        table = self._tables[call.layer]
+        return table is not None and self._run_at(table, call, words, weights, x, out)
+
+    def _run_at(
+        self, table: ReplicaTable, call: Call, words: int, weights: int | None, x: int, out: int
+    ) -> bool:
+        compiled = self._compiled[call.layer]
+        assert compiled is not None
+        layer = self.spec.layer_specs[call.layer]
+        with self._compute:
+            return compiled.run_at(
+                layer, table, words, weights, x, out, experts=call.experts, tokens=call.tokens
+            )
+
+    def _compute_compiled(
+        self,
+        layer: int,
+        table: ReplicaTable,
+        x: Tensor,
+        expert_ids: Tensor,
+        counts: Tensor,
+        token_of_pair: Tensor,
+        weights: Tensor | None,
+        out: Tensor,
+    ) -> None:
+        """x, weights and out float32; all of the experts are in `table`."""
+        pairs, tokens, n = len(token_of_pair), len(x), len(expert_ids)
+        # int32, in one piece, and checked: C believes what it is given
+        words = torch.cat([expert_ids.int(), counts.int(), token_of_pair.int()]).numpy()
+        mode = ROWS if weights is None else PARTIAL
+        call = Call(layer, mode, tokens, n, pairs)
+        rows = tokens if mode == PARTIAL else pairs
+        wrong = weights is not None and len(weights) != pairs
+        if wrong or x.shape[1] != self.spec.hidden or out.shape != (rows, self.spec.hidden):
+            raise ValueError(f"x {tuple(x.shape)} and out {tuple(out.shape)} do not fit {call}")
+        check_words(words, call, self.spec.experts)
+        if weights is not None:
+            weights = weights.to(torch.float32).contiguous()
+        done = self._run_at(
+            table,
+            call,
+            words.ctypes.data,
+            None if weights is None else weights.data_ptr(),
+            x.data_ptr(),
+            out.data_ptr(),
+        )
+        assert done
 
 
 def _sum(of_pair: Tensor, weights: Tensor, token_of_pair: Tensor, out: Tensor) -> Tensor:

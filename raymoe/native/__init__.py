@@ -23,7 +23,7 @@ Function = Callable[..., int]
 
 
 class Native:
-    """The functions of the C files, called with the GIL held: each takes microseconds."""
+    """The functions of the C files. Those that take microseconds are called with the GIL held."""
 
     def __init__(self, path: str) -> None:
         handle = ctypes.PyDLL(path)
@@ -32,6 +32,9 @@ class Native:
         self.add = _function(handle, "raymoe_add", _P, _I, _P, _P, _I, _I, _I)
         self.tally = _function(handle, "raymoe_tally", _P, _P, _I)
         self.check = _function(handle, "raymoe_check", _P, _P, _I, _I, _I, _I, _I)
+        free = ctypes.CDLL(path)  # without the GIL
+        self.experts = _function(free, "raymoe_experts", _P, _I, _P, _P, _P, _P, _P, _I, _I, _I, _I)
+        self.experts_scratch = _function(handle, "raymoe_experts_scratch", _I, _I)
 
 
 def _function(handle: ctypes.CDLL, name: str, *arguments: type) -> Function:

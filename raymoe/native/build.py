@@ -16,7 +16,6 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-SOURCES = ("exchange.c",)
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fPIC", "-shared", "-fno-math-errno")
 COMPILE_LIMIT_S = 60.0
 
@@ -28,12 +27,12 @@ class BuildError(Exception):
 def library() -> Path:
     """The path of the compiled library; compiles it when it is not there. BuildError."""
     compiler = find_compiler()
-    folder = Path(__file__).parent
-    texts = [(folder / name).read_bytes() for name in SOURCES]
+    sources = sorted(Path(__file__).parent.glob("*.c"))
+    texts = [source.read_bytes() for source in sources]
     key = hashlib.sha256(b"\0".join([*texts, *_environment(compiler)])).hexdigest()[:24]
     target = cache_folder() / f"raymoe-{key}.so"
     if not target.exists():
-        _compile(compiler, [str(folder / name) for name in SOURCES], target)
+        _compile(compiler, [str(source) for source in sources], target)
     return target
 
 

@@ -5,12 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
+from raymoe.checkpoint.record import ExpertRecord
 from raymoe.checkpoint.spec import ExpertMaths
-from raymoe.experts import choose, panels
+from raymoe.errors import FrameError
+from raymoe.experts import choose, compiled, panels
 from raymoe.experts.activations import ACTIVATIONS
+from raymoe.experts.compiled import CompiledKernel
 from raymoe.experts.kernels import ExpertKernel
 from raymoe.experts.panels import PanelKernel, panel_width
 from raymoe.experts.plain import PlainKernel
+from raymoe.experts.shard import ExpertShard
+from raymoe.native import native
 from tests.experts.specs import SILU, model_spec, random_record, slow_ffn
 
 FORMS = [
@@ -25,6 +30,13 @@ FORMS = [
 
 
 HIDDEN, INNER = 320, 416  # two panels of 160; two of 208 for the gate and two for up
+
+
+COMPILED = [CompiledKernel()] if native() is not None else []
+
+
+def name_of_kernel(kernel: ExpertKernel) -> str:
+    return type(kernel).__name__
 
 
 def name_of(maths: ExpertMaths) -> str:
@@ -55,15 +67,87 @@ def test_kernel_does_the_maths(kernel: ExpertKernel, maths: ExpertMaths) -> None
 
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("kernel", [PlainKernel(), PanelKernel()], ids=["plain", "panels"])
+@pytest.mark.parametrize("kernel", [PlainKernel(), PanelKernel(), *COMPILED], ids=name_of_kernel)
 def test_record_comes_back_bit_for_bit(kernel: ExpertKernel, stored: str) -> None:
-    maths = ExpertMaths(activation="silu", bias=True)
+    maths = ExpertMaths(activation="silu", bias=not isinstance(kernel, CompiledKernel))
     spec = model_spec(hidden=HIDDEN, inner=INNER, maths=maths, stored=stored)
     layer, record = spec.layer_specs[0], random_record(spec, 0, 0)
     back = kernel.record(layer, kernel.prepare(layer, record), getattr(torch, stored))
     assert back.checksum == record.checksum
     assert list(back.tensors) == list(record.tensors)
     assert all(tensor.is_contiguous() for tensor in back.tensors.values())
+
+
+@pytest.mark.skipif(not COMPILED, reason="no C compiler here")
+@pytest.mark.parametrize(("hidden", "inner"), [(32, 16), (256, 128), (96, 48)])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_compiled_equals_plain(hidden: int, inner: int, weighted: bool) -> None:
+    """Runs of every size of a register tile, of a block of them, and just over."""
+    spec = model_spec(hidden=hidden, inner=inner, experts=18)
+    layer = spec.layer_specs[0]
+    assert compiled.fits(layer)
+    draw = torch.Generator().manual_seed(0)
+    counts = [*range(1, 15), 0, 95, 97, 200]
+    experts = torch.randperm(18, generator=draw).to(torch.int32)
+    x = torch.randn(50, hidden, generator=draw)
+    rows = torch.randint(0, 49, (sum(counts),), generator=draw, dtype=torch.int32)
+    weights = torch.rand(len(rows), generator=draw) if weighted else None
+    found, truth = (torch.full((50 if weighted else len(rows), hidden), torch.nan) for _ in "12")
+    for kernel, out in ((COMPILED[0], found), (PlainKernel(), truth)):
+        shard = ExpertShard(spec, 1 << 30, kernel=kernel)
+        for expert in range(18):
+            shard.add(0, expert, random_record(spec, 0, expert))
+        arguments = (x, experts, torch.tensor(counts), rows, weights, out)
+        assert shard.compute(0, *arguments) == []
+        shard.drop(0, 3)
+        assert shard.compute(0, *arguments) == [3]
+    torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-4)
+    if weighted:
+        assert not found[49].any()  # a row without pairs
+
+
+@pytest.mark.skipif(not COMPILED, reason="no C compiler here")
+def test_compiled_silu_at_its_ends() -> None:
+    """One expert with unit weights returns silu(x) * x: very small, very large, not a number."""
+    spec = model_spec(hidden=32, inner=16, experts=1)
+    eye = torch.eye(32, 16)
+    record = ExpertRecord(tensors={"up": torch.cat([eye, eye], 1), "down": eye.T.contiguous()})
+    values = torch.tensor([-1e4, -100.0, -88.0, -87.0, -1e-30, 0.0, 1e-30, 0.5, 88.0, 1e4, 1e18])
+    x = torch.zeros(2, 32)
+    x[0, : len(values)] = values
+    x[1, 0] = torch.nan
+    kernel, rows = COMPILED[0], torch.arange(2, dtype=torch.int32)
+    replica = kernel.prepare(spec.layer_specs[0], record)
+    found = kernel.run(spec.layer_specs[0], [replica], [2], x, rows)
+    truth = torch.nn.functional.silu(values.double()) * values.double()
+    torch.testing.assert_close(found[0, : len(values)].double(), truth, rtol=1e-6, atol=1e-30)
+    assert found[1].isnan().all()
+
+
+@pytest.mark.skipif(not COMPILED, reason="no C compiler here")
+def test_compiled_refuses_what_would_read_out_of_bounds() -> None:
+    spec = model_spec(hidden=32, inner=16)
+    shard = ExpertShard(spec, 1 << 30, kernel=COMPILED[0])
+    for expert in range(spec.experts):
+        shard.add(0, expert, random_record(spec, 0, expert))
+    x, out = torch.zeros(2, 32), torch.zeros(2, 32)
+    good = {
+        "expert_ids": torch.tensor([0, 1]),
+        "counts": torch.tensor([1, 1]),
+        "token_of_pair": torch.tensor([0, 1], dtype=torch.int32),
+        "weights": torch.ones(2),
+        "out": out,
+    }
+    assert shard.compute(0, x, **good) == []
+    bad = [
+        {"counts": torch.tensor([1, 2])},
+        {"token_of_pair": torch.tensor([0, 2], dtype=torch.int32)},
+        {"weights": torch.ones(1)},
+        {"out": torch.zeros(1, 32)},
+    ]
+    for change in bad:
+        with pytest.raises((FrameError, ValueError)):
+            shard.compute(0, x, **{**good, **change})
 
 
 def test_prepared_replica_does_not_share_the_records_memory() -> None:
@@ -104,14 +188,17 @@ def test_small_matrices_stay_plain() -> None:
 
 def test_choice_by_timing_gives_a_kernel_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = model_spec(hidden=512, inner=64)
-    for win, kind in ((True, PanelKernel), (False, PlainKernel)):
-        monkeypatch.setattr(choose, "panels_win", lambda *_, win=win: win)
+    for name, kind in {"panels": PanelKernel, "plain": PlainKernel}.items():
+        monkeypatch.setattr(choose, "fastest", lambda *_, name=name: name)
         kernels = choose.choose_kernels(spec, "cpu", torch.float32)
         assert [type(kernel) for kernel in kernels] == [kind] * spec.layers
 
 
-def test_timing_runs_both_kernels() -> None:
-    assert choose.panels_win.__wrapped__(512, 64, SILU.gated, torch.float32) in (True, False)
+def test_timing_runs_every_candidate() -> None:
+    names = choose.candidates(model_spec(hidden=512, inner=64).layer_specs[0], torch.float32)
+    assert set(names) - {"compiled"} == {"plain", "panels"}
+    found = choose.fastest.__wrapped__(512, 64, SILU.gated, torch.float32, names)
+    assert found in names
 
 
 def test_scratch_grows_and_results_stay_right() -> None:

@@ -1,0 +1,120 @@
+"""The compiled kernel: raymoe/native/experts.c, for gated-SiLU experts in float32 on the CPU.
+
+It reads each expert's weights once and in order, and gathers, activates, weights and sums on the
+way. Measured on one AVX-512 core against the plain kernel (`benchmarks/kernels.py` has the table).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raymoe.checkpoint.record import ExpertRecord
+from raymoe.checkpoint.spec import ExpertMaths, LayerSpec
+from raymoe.native import Native, native
+
+Replica = dict[str, Tensor]
+PANEL = 32  # columns, as in experts.c
+PLAIN_SILU = ExpertMaths(activation="silu")
+
+
+def fits(layer: LayerSpec) -> bool:
+    """Whether C has this layer's maths and shape, and there is a compiled library."""
+    hidden = layer.sources[0].shape[0]
+    shaped = hidden % PANEL == 0 and layer.inner % (PANEL // 2) == 0
+    return shaped and layer.maths == PLAIN_SILU and native() is not None
+
+
+class ReplicaTable:
+    """The addresses of one layer's replicas, and the replicas, so that they stay."""
+
+    __slots__ = ("address", "addresses", "replicas")
+
+    def __init__(self, replicas: Sequence[Replica | None]) -> None:
+        self.replicas = list(replicas)
+        self.addresses = np.zeros((len(replicas), 2), np.int64)
+        for expert, replica in enumerate(replicas):
+            if replica is not None:
+                self.addresses[expert] = replica["up"].data_ptr(), replica["down"].data_ptr()
+        self.address: int = self.addresses.ctypes.data
+
+
+class CompiledKernel:
+    """Only for layers that `fits` accepts. One thread at a time."""
+
+    def __init__(self) -> None:
+        functions = native()
+        assert functions is not None
+        self._native: Native = functions
+        self._scratch: dict[tuple[int, int], Tensor] = {}
+
+    def prepare(self, layer: LayerSpec, record: ExpertRecord) -> Replica:
+        up, down = record.tensors["up"].float(), record.tensors["down"].float()
+        hidden, half = up.shape[0], PANEL // 2
+        gate_up = up.view(hidden, 2, layer.inner // half, half).permute(2, 0, 1, 3)
+        panels = down.view(layer.inner, hidden // PANEL, PANEL).transpose(0, 1)
+        return {
+            # [F / 16, D, 2, 16]: each panel has 16 gate columns and their up columns
+            "up": torch.empty(gate_up.shape).copy_(gate_up),
+            "down": torch.empty(panels.shape).copy_(panels),  # [D / 32, F, 32]
+        }
+
+    def record(self, layer: LayerSpec, prepared: Replica, dtype: torch.dtype) -> ExpertRecord:
+        up, down = prepared["up"].to(dtype), prepared["down"].to(dtype)
+        hidden = up.shape[1]
+        return ExpertRecord(
+            tensors={
+                "up": up.permute(1, 2, 0, 3).reshape(hidden, -1).contiguous(),
+                "down": down.transpose(0, 1).reshape(-1, hidden).contiguous(),
+            }
+        )
+
+    def run(
+        self,
+        layer: LayerSpec,
+        replicas: list[Replica],
+        counts: list[int],
+        x: Tensor,
+        token_of_pair: Tensor,
+    ) -> Tensor:
+        x = x.contiguous()
+        out = torch.empty(len(token_of_pair), x.shape[1])
+        ids = torch.arange(len(replicas), dtype=torch.int32)
+        words = torch.cat([ids, torch.tensor(counts, dtype=torch.int32), token_of_pair.int()])
+        done = self.run_at(
+            layer, self.table(replicas), words.data_ptr(), None, x.data_ptr(), out.data_ptr(),
+            experts=len(replicas), tokens=len(x),
+        )  # fmt: skip
+        assert done
+        return out
+
+    def table(self, replicas: Sequence[Any]) -> ReplicaTable:
+        """What `run_at` wants of a layer's replicas (None: not held)."""
+        return ReplicaTable(replicas)
+
+    def run_at(
+        self,
+        layer: LayerSpec,
+        table: ReplicaTable,
+        words: int,
+        weights: int | None,
+        x: int,
+        out: int,
+        *,
+        experts: int,
+        tokens: int,
+    ) -> bool:
+        """One message at addresses, see raymoe_experts; False when an expert is not held."""
+        hidden, inner = layer.sources[0].shape[0], layer.inner
+        scratch = self._scratch.get((hidden, inner))
+        if scratch is None:
+            size = self._native.experts_scratch(hidden, inner)
+            scratch = self._scratch[hidden, inner] = torch.empty(size)
+        return not self._native.experts(
+            table.address, len(table.replicas), words, weights, x, out, scratch.data_ptr(),
+            experts, tokens, hidden, inner,
+        )  # fmt: skip
