@@ -54,7 +54,7 @@ GrammarStart = Callable[[str, Sequence[int]], GrammarState]
 def grammar_start(tokenizer: Any, vocab: int, eos_ids: Iterable[int]) -> GrammarStart:
     """For one model: `tokenizer` is a `tokenizers.Tokenizer`, `vocab` the width of the logits.
 
-    Takes about 1 s and some tens of MiB for a vocabulary of 150,000.
+    A vocabulary of 150,000 takes about 1 s, and 125 MiB from then on; a token 0.25 ms.
     """
     from llguidance import LLMatcher, LLTokenizer
 

@@ -45,7 +45,7 @@ def test_every_answer_is_as_described(mode: GenerationMode) -> None:
 
         @seed(3)
         @settings(
-            max_examples=100,
+            max_examples=60,
             deadline=None,
             database=None,
             phases=[Phase.generate],

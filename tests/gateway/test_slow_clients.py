@@ -13,7 +13,8 @@ from tests.gateway.conftest import pool_of, routers_of
 from tests.gateway.fakes import FakeRouter
 from tests.gateway.tiny_tokenizer import tiny_tokenizer
 
-BODY = json.dumps({"prompt": "x", "max_tokens": 2000, "stream": True}).encode()
+TOKENIZER = tiny_tokenizer()
+BODY = json.dumps({"prompt": "x", "max_tokens": 500, "stream": True}).encode()
 SCOPE = {
     "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST",
     "scheme": "http", "path": "/v1/completions", "raw_path": b"/v1/completions",
@@ -50,17 +51,19 @@ class Client:
 @pytest.mark.parametrize("wakes_up", [True, False])
 def test_only_the_slow_client_waits(monkeypatch: pytest.MonkeyPatch, wakes_up: bool) -> None:
     monkeypatch.setattr(streaming, "UNREAD_S", 1e9 if wakes_up else 0.0)
-    router = FakeRouter(lambda request: [70] * 2000, context_tokens=4000)
+    router = FakeRouter(lambda request: [70] * 500, context_tokens=4000)
 
     async def main() -> tuple[Client, Client]:
         pool = pool_of([router])
-        config = AppConfig(model_name="tiny", request_timeout_s=60.0 if wakes_up else 3.0)
-        app = create_app(pool, tiny_tokenizer(), config)
+        apps = [
+            create_app(pool, TOKENIZER, AppConfig(model_name="tiny", request_timeout_s=limit_s))
+            for limit_s in (600.0 if wakes_up else 0.5, 600.0)
+        ]
         await pool.start()
         slow, fast = Client(False), Client(True)
-        waiting = asyncio.create_task(app(SCOPE, slow.receive, slow.send))
-        await app(SCOPE, fast.receive, fast.send)
-        assert fast.ended and fast.got.count(b'"text":') == 2000
+        waiting = asyncio.create_task(apps[0](SCOPE, slow.receive, slow.send))
+        await apps[1](SCOPE, fast.receive, fast.send)
+        assert fast.ended and fast.got.count(b'"text":') == 500
         assert not slow.got
         if wakes_up:
             while router.running:  # its tokens do not wait for it: the router is free
@@ -75,4 +78,4 @@ def test_only_the_slow_client_waits(monkeypatch: pytest.MonkeyPatch, wakes_up: b
         slow, _ = asyncio.run(main())
         assert router.running == 0
     assert slow.ended == wakes_up
-    assert slow.got.count(b'"text":') == (2000 if wakes_up else 0)
+    assert slow.got.count(b'"text":') == (500 if wakes_up else 0)
