@@ -36,7 +36,8 @@ def drain(config: DeploymentConfig, in_flight: Callable[[], int | None] | None =
 def requests_in_flight(config: DeploymentConfig) -> int | None:
     """Requests open at the gateways, as far as they can be seen; None when nobody answers.
 
-    Each answer tells of one gateway: with several, the proxy is asked twice as often.
+    What an answer says of other gateways is up to 2 s old: with several, the proxy is asked twice
+    as often.
     """
     open_requests = 0
     for _ in range(1 if config.gateway.count == 1 else 2 * config.gateway.count):

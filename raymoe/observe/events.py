@@ -83,9 +83,19 @@ def of_tables(before: Table, after: Table, why: Why) -> Iterator[Said]:
                 yield "replica", f"{len(changed)} replicas {verb} {group_id}"
                 continue
             for layer, expert in changed:
-                reason = why((layer, expert, group_id))[1] if added else ""
+                reason = _short(why((layer, expert, group_id))[1]) if added else ""
                 said = f": {reason}" if reason else ""
                 yield "replica", f"layer {layer} expert {expert} {verb} {group_id}{said}"
+
+
+def _short(why: str) -> str:
+    """Without what the sentence says already: a plan's reason names layer, expert and group."""
+    return why.partition(", ")[2] if is_detail(why) and ", " in why else why
+
+
+def is_detail(sentence: str) -> bool:
+    """One action of a plan: told again, with its replica, when it has been carried out."""
+    return sentence.startswith(("add layer ", "drop layer "))
 
 
 def changes(before: Table | None, after: Table) -> tuple[dict[str, int], dict[str, int]]:

@@ -14,7 +14,16 @@ import numpy as np
 from placement.table import Table
 from placement.types import Floats
 from raymoe.observe.catalogue import CATALOGUE, Labels
-from raymoe.observe.events import EventLog, Said, Status, Why, changes, of_status, of_tables
+from raymoe.observe.events import (
+    EventLog,
+    Said,
+    Status,
+    Why,
+    changes,
+    is_detail,
+    of_status,
+    of_tables,
+)
 
 Values = Mapping[str, Mapping[Labels, Any]]
 History = Mapping[str, Any]  # {"plans": newest first, "events": newest first}
@@ -172,7 +181,8 @@ class Observer:
     def _take_history(self, history: History) -> None:
         news = [event for event in history.get("events", ()) if event["at"] > self._told_at]
         for event in reversed(news):
-            self.events.add("plan", event["event"], event["at"])
+            if not is_detail(event["event"]):
+                self.events.add("plan", event["event"], event["at"])
             self._told_at = max(self._told_at, event["at"])
         for plan in reversed(history.get("plans", ())):
             if plan["at"] > self._plan_at + 1e-3:

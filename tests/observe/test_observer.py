@@ -135,9 +135,14 @@ def test_plans_and_the_reconcilers_sentences_are_taken_over_once() -> None:
     rig = Rig()
     calm, table = status(group("g0"), group("g1")), table_of(1, HALVES)
     plan = {"at": 5.0, "trigger": "load", "loading_s": 0.25, "promised": 0.1, "realised": None}
-    rig.history = {"events": [{"at": 5.0, "event": "delta plan: 1 loads"}], "plans": [plan]}
+    detail = "add layer 0: expert 1 on g1, to relieve g0"  # told with the replica, once it is there
+    events = [{"at": 5.0, "event": detail}, {"at": 5.0, "event": "delta plan: 1 loads"}]
+    rig.history = {"events": events, "plans": [plan]}
     assert rig.look(calm, table) == ["plan: delta plan: 1 loads"]
     assert rig.look(calm, table) == []
+    both = {**HALVES, "g1": [*HALVES["g1"], (0, 1)]}
+    told = rig.look(calm, table_of(2, both), why=lambda _: (0.0, detail))
+    assert told == ["replica: layer 0 expert 1 added on g1: to relieve g0"]
     shown = rig.observer.shown(experts=False)
     assert shown["raymoe_plans_total"] == {("load",): 1}
     assert shown["raymoe_plan_gain_predicted"] == {(): 0.1}
