@@ -5,8 +5,8 @@ Ray's fake provider, whose nodes are raylets on this machine, in place of KubeRa
 `ray.cluster_utils.AutoscalingCluster`: that runs `ray stop --force`, which ends every Ray here.
 
 Run as a program it prints the cluster's address and then obeys its standard input: `nodes` lists
-the worker nodes that are alive as JSON, `kill NODE` ends one with SIGKILL. Everything ends when its
-input does.
+the worker nodes that are alive as JSON, `drain NODE` tells Ray that one is to go, as SIGTERM to its
+pod would, `kill NODE` ends one with SIGKILL. Everything ends when its input does.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ _PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNode
 _HEAD_TYPE = "ray.head.default"  # what the fake provider calls it
 _HEAD_ID = "f" * 51 + "00000"
 _STORE_BYTES = 80 << 20
+DRAIN_S = 120
 _ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",
     "RAY_FAKE_CLUSTER": "1",
@@ -106,6 +107,10 @@ class Cloud:
         """The pools of the worker nodes that are alive, in order."""
         return sorted(self.nodes().values())
 
+    def drain(self, node: str) -> None:
+        """Tells Ray that the node will go within `DRAIN_S`."""
+        assert self._ask(f"drain {node}") == "done"
+
     def kill(self, node: str) -> None:
         """SIGKILLs the node's raylet and everything below it."""
         assert self._ask(f"kill {node}") == "done"
@@ -170,6 +175,21 @@ def _raylets(root: psutil.Process) -> Iterator[tuple[str, psutil.Process]]:
             continue
 
 
+def _drain(gcs: str, node: str) -> None:
+    """What `ray start --block` does when its pod gets SIGTERM."""
+    from ray._raylet import GcsClient
+    from ray.core.generated import autoscaler_pb2
+
+    accepted, why = GcsClient(address=gcs).drain_node(
+        node,
+        autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION,
+        "its pod got SIGTERM",
+        int((time.time() + DRAIN_S) * 1000),
+        timeout=10,
+    )
+    assert accepted, why
+
+
 def _say(value: Any) -> None:
     print("raymoe-cloud:", json.dumps(value), flush=True)
 
@@ -203,6 +223,9 @@ def main(folder: str, gcs: str) -> None:
                 (raylet,) = [process for name, process in _raylets(root) if name == node]
                 for process in [raylet, *raylet.children(recursive=True)]:
                     process.kill()
+                _say("done")
+            elif order == "drain":
+                _drain(gcs, node)
                 _say("done")
             else:
                 alive = [n for n in ray.nodes() if n["Alive"] and "raymoe-pool" in n["Labels"]]
