@@ -84,7 +84,11 @@ def run_bench(args: argparse.Namespace) -> int:
     with _deployment(args) as url:
         key = args.api_key or os.environ.get("OPENAI_API_KEY")
         token = os.environ.get("RAYMOE_ADMIN_TOKEN")  # as `raymoe drain` takes it
-        results = asyncio.run(measure(args, url, key, token))
+        try:
+            results = asyncio.run(measure(args, url, key, token))
+        except KeyboardInterrupt:
+            print("raymoe: interrupted, nothing to report", file=sys.stderr)
+            return 130
     arguments = {
         name: value for name, value in vars(args).items() if name not in ("run", "api_key")
     }
