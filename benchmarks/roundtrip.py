@@ -11,12 +11,14 @@ Timed, from the gate's choice to the sum: cutting into messages, gathering rows,
 group's weighted sum, sending back, adding up. An identity expert costs the group one pass over its
 rows (out = x * sum of the row's weights), so that what is measured is the data plane.
 
-    shm, tcp   ExpertClient -> links -> GroupRuntime, as in the product
-    zmq ipc    the same cutting, gathering and adding; one PAIR socket a group
-    ray        the same; one actor call a group and ray.get
+    shm, tcp   ExpertClient -> links -> GroupRuntime, as in the product: checks, deadlines, counts
+    zmq ipc    the product's code cuts, gathers and adds here too, into one frame a message (copied
+               below 64 KiB, else not); one PAIR socket a group; no checks
+    ray        the same, one array a message; an actor call a group and ray.get
     memcpy     the rows of every group's request and reply copied once, in one process: the floor
 
-All planes take turns within every round; figures are medians over all rounds, in microseconds.
+All planes take turns within every round. Figures are medians over all round trips, in microseconds;
+a ratio is the median over rounds of the ratio of the round's medians.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import multiprocessing
+import operator
 import os
 import random
 import secrets
@@ -45,14 +48,17 @@ import torch
 
 from benchmarks.report import finish, table
 from placement.table import Table
+from raymoe.arena import Cutter
 from raymoe.client.batch import Batch
 from raymoe.client.config import ClientConfig
 from raymoe.client.expert_client import ExpertClient
 from raymoe.dispatch import Message, cut_messages
 from raymoe.group import GroupRuntime
 from raymoe.links.handshake import Identity
-from raymoe.links.protocol import PARTIAL, Wire
+from raymoe.links.link import Slot, SlotTerms
+from raymoe.links.protocol import PARTIAL, Call, Wire, request_views, rows_at
 from raymoe.links.server import ServerConfig
+from raymoe.native import native
 from raymoe.table import GroupEndpoint, RoutingTable
 
 EXPERTS, TOP_K, HIDDEN = 64, 8, 2048
@@ -101,12 +107,28 @@ class IdentitySpec:
 
     layers: int = 1
     experts: int = EXPERTS
+    hidden: int = HIDDEN
 
 
 class IdentityShard:
     """Identity experts, all resident: out[t] = x[t] * (sum of the weights of its pairs)."""
 
     budget_bytes = resident_bytes = 0
+
+    def __init__(self) -> None:
+        self.total = np.zeros(4096, np.float32)
+        self.total_address = self.total.ctypes.data
+
+    def compute_at(self, call: Call, words: int, weights: int | None, x: int, out: int) -> bool:
+        """One pass over the rows; see ExpertShard.compute_at."""
+        functions = native()
+        if functions is None or call.tokens > len(self.total):
+            return False
+        rows = words + 8 * call.experts
+        functions.identity(
+            x, rows, weights, out, self.total_address, call.tokens, call.pairs, HIDDEN
+        )
+        return True
 
     def compute(
         self,
@@ -118,7 +140,7 @@ class IdentityShard:
         weights: torch.Tensor,
         out: torch.Tensor,
     ) -> list[int]:
-        """One pass over the rows."""
+        """The same where there is no compiler."""
         total = np.bincount(token_of_pair.numpy(), weights.numpy(), len(x)).astype(np.float32)
         np.multiply(x.numpy(), total[:, None], out=out.numpy())
         return []
@@ -153,29 +175,34 @@ def serve_zmq(address: str, pipe: Connection) -> None:
     sock.setsockopt(zmq.SNDHWM, 0)
     sock.connect(address)
     shard = IdentityShard()
+    out = np.zeros((1024, HIDDEN), np.float32)  # the peer has read it before it asks again
     pipe.send(True)
     # ZeroMQ does not tell of a peer's death: the pipe does
     threading.Thread(target=lambda: (await_end(pipe), os._exit(0)), daemon=True).start()
     while True:
-        frames = sock.recv_multipart(copy=False)
-        out = answer(shard, *(frame.buffer for frame in frames))
-        sock.send(out, copy=out.nbytes < 65536)
+        frame = sock.recv(copy=False)
+        rows = answer(shard, np.frombuffer(frame.buffer, np.uint8), out)
+        sock.send(rows, copy=rows.nbytes < COPY_BYTES)
 
 
-def answer(shard: IdentityShard, x: Any, experts: Any, counts: Any, tokens: Any, w: Any) -> Any:
-    """Compute a message that came as buffers; a numpy array [N, D]."""
-    rows = torch.from_numpy(np.frombuffer(x, np.float32).reshape(-1, HIDDEN))
-    out = torch.empty_like(rows)
-    shard.compute(
-        0,
-        rows,
-        torch.from_numpy(np.frombuffer(experts, np.int32)),
-        torch.from_numpy(np.frombuffer(counts, np.int32)),
-        torch.from_numpy(np.frombuffer(tokens, np.int32)),
-        torch.from_numpy(np.frombuffer(w, np.float32)),
-        out,
-    )
-    return out.numpy()
+HEAD_BYTES = 64  # tokens, experts, pairs as int64; then a request region as in the product
+COPY_BYTES = 65536  # below, pyzmq copies a frame: it is faster
+
+
+def answer(shard: IdentityShard, frame: np.ndarray, room: np.ndarray) -> np.ndarray:
+    """Compute a message [HEAD_BYTES + request]; the rows [N, D], in `room`."""
+    tokens, experts, pairs = frame[:24].view(np.int64).tolist()
+    call = Call(0, PARTIAL, tokens, experts, pairs)
+    words = frame.ctypes.data + HEAD_BYTES
+    x = words + rows_at(call)
+    if not shard.compute_at(call, words, words + 8 * experts + 4 * pairs, x, room.ctypes.data):
+        views = request_views(torch.from_numpy(frame[HEAD_BYTES:]), call, WIRE)
+        out = torch.from_numpy(room[:tokens])
+        assert views.weights is not None
+        shard.compute(
+            0, views.x, views.expert_ids, views.counts, views.token_of_pair, views.weights, out
+        )
+    return room[:tokens]
 
 
 # ------------------------------------------------------------------------------ the router's side
@@ -227,28 +254,62 @@ def product(endpoints: list[GroupEndpoint], kind: str, spin_s: float) -> ExpertC
     return client
 
 
-def cut(gate: Gate, groups: int) -> tuple[Batch, list[Message]]:
-    """What every plane does first: the product's own code."""
-    batch = Batch(0, gate.hidden, gate.expert_ids, gate.weights, WIRE, PARTIAL)
-    return batch, cut_messages(
-        batch.expert_of_pair,
-        placed(groups)[batch.expert_of_pair],
-        top_k=TOP_K,
-        tokens=batch.tokens,
-        experts=EXPERTS,
-        message_tokens=1 << 20,
-    )
+class Cut:
+    """What ZeroMQ's and Ray's routers do beside sending: with the product's own code."""
+
+    def __init__(self, groups: int) -> None:
+        functions = native()
+        self.groups = groups
+        self.cutter = None if functions is None else Cutter(functions)
+        self.home = placed(groups)
+        terms = SlotTerms()
+        self.frames = [np.zeros(HEAD_BYTES + terms.request_bytes, np.uint8) for _ in range(groups)]
+        reply = np.zeros(terms.reply_bytes, np.uint8)
+        self.slots = [Slot(0, WIRE, frame[HEAD_BYTES:], reply) for frame in self.frames]
+
+    def begin(self, gate: Gate) -> tuple[Batch, list[Message]]:
+        batch = Batch(0, gate.hidden, gate.expert_ids, gate.weights, WIRE, PARTIAL)
+        sizes = {
+            "top_k": batch.top_k,
+            "tokens": batch.tokens,
+            "experts": EXPERTS,
+            "message_tokens": 1024,
+        }
+        if self.cutter is not None:
+            found = self.cutter.cut(
+                batch.expert_ids.data_ptr(),
+                self.home.ctypes.data,
+                by_pair=False,
+                pairs=batch.open_pairs,
+                groups=self.groups,
+                **sizes,
+            )
+            assert found is not None
+            return batch, found
+        of_pair = batch.expert_of_pair
+        return batch, cut_messages(of_pair, self.home[of_pair], **sizes)
+
+    def frame(self, batch: Batch, message: Message) -> np.ndarray:
+        """Head and request of a message, as `answer` reads it."""
+        tokens, experts, pairs = message.token_count, message.expert_count, message.pair_count
+        call = Call(0, PARTIAL, tokens, experts, pairs)
+        frame = self.frames[message.group]
+        frame[:24].view(np.int64)[:] = tokens, experts, pairs
+        batch.write(message, self.slots[message.group], call)
+        return frame[: HEAD_BYTES + WIRE.request_bytes(call)]
+
+    def end(self, batch: Batch, messages: list[Message]) -> torch.Tensor:
+        out = batch.result()
+        arena = messages[0].arena
+        if self.cutter is not None and arena is not None:
+            self.cutter.give(arena)
+        return out
 
 
-def arrays(batch: Batch, message: Message) -> list[np.ndarray]:
-    """A message as five arrays."""
-    return [
-        batch.x.take(message.tokens, 0),
-        message.experts.astype(np.int32),
-        message.counts.astype(np.int32),
-        message.token_of_pair.astype(np.int32),
-        batch.weights.take(message.pairs),
-    ]
+def add(batch: Batch, message: Message, rows: np.ndarray) -> None:
+    """rows [N, D] to the sum, as the product adds them."""
+    if not batch.add_at(message, rows.ctypes.data):
+        batch.add(message, rows)
 
 
 def by_client(client: ExpertClient) -> RoundTrip:
@@ -260,30 +321,31 @@ def by_client(client: ExpertClient) -> RoundTrip:
 
 def by_zmq(sockets: list[Any]) -> RoundTrip:
     """ZeroMQ."""
+    cut = Cut(len(sockets))
 
     def round_trip(gate: Gate) -> torch.Tensor:
-        batch, messages = cut(gate, len(sockets))
+        batch, messages = cut.begin(gate)
         for message in messages:
-            parts = arrays(batch, message)
-            small = parts[0].nbytes < 65536
-            sockets[message.group].send_multipart([parts[0], *parts[1:]], copy=small)
+            frame = cut.frame(batch, message)
+            sockets[message.group].send(frame, copy=frame.nbytes < COPY_BYTES)
         for message in messages:
-            frame = sockets[message.group].recv(copy=False)
-            batch.add(message, np.frombuffer(frame.buffer, np.float32).reshape(-1, HIDDEN))
-        return batch.result()
+            reply = sockets[message.group].recv(copy=False)
+            add(batch, message, np.frombuffer(reply.buffer, np.float32).reshape(-1, HIDDEN))
+        return cut.end(batch, messages)
 
     return round_trip
 
 
 def by_ray(ray: Any, actors: list[Any]) -> RoundTrip:
     """Ray actor calls."""
+    cut = Cut(len(actors))
 
     def round_trip(gate: Gate) -> torch.Tensor:
-        batch, messages = cut(gate, len(actors))
-        calls = [actors[m.group].call.remote(*arrays(batch, m)) for m in messages]
+        batch, messages = cut.begin(gate)
+        calls = [actors[m.group].call.remote(cut.frame(batch, m)) for m in messages]
         for message, rows in zip(messages, ray.get(calls), strict=True):
-            batch.add(message, rows)
-        return batch.result()
+            add(batch, message, rows)
+        return cut.end(batch, messages)
 
     return round_trip
 
@@ -309,22 +371,23 @@ def by_memcpy(groups: int) -> RoundTrip:
 
 def measure(
     planes: dict[str, RoundTrip], tokens: int, groups: int, rounds: int, repeat: int
-) -> dict[str, list[float]]:
-    """Microseconds of each round trip; planes in a new order each round."""
+) -> dict[str, list[list[float]]]:
+    """Microseconds of each round trip, by round; planes in a new order each round."""
     batches = gates(tokens)
     for gate in batches:
         for name, plane in planes.items():
-            gate.rows[groups] = [len(message.tokens) for message in cut(gate, groups)[1]]
+            gate.rows[groups] = [message.token_count for message in Cut(groups).begin(gate)[1]]
             torch.testing.assert_close(
                 plane(gate), gate.hidden, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
             )
-    spent: dict[str, list[float]] = {name: [] for name in planes}
+    spent: dict[str, list[list[float]]] = {name: [] for name in planes}  # by round
     shuffler = random.Random(tokens * 10 + groups)
     order = list(planes)
     for _ in range(rounds):
         shuffler.shuffle(order)
         for name in order:
-            plane, times = planes[name], spent[name]
+            plane, times = planes[name], []
+            spent[name].append(times)
             plane(batches[0])  # the caches are the others' by now
             for turn in range(max(1, repeat // (8 if name == "ray" else 1))):
                 gate = batches[turn % len(batches)]
@@ -401,9 +464,10 @@ def start_ray(stack: Processes, folder: str, groups: int) -> tuple[Any, list[Any
         def __init__(self) -> None:
             torch.set_num_threads(1)
             self.shard = IdentityShard()
+            self.out = np.zeros((1024, HIDDEN), np.float32)
 
-        def call(self, *parts: np.ndarray) -> Any:
-            return answer(self.shard, *parts)
+        def call(self, frame: np.ndarray) -> Any:
+            return answer(self.shard, frame, self.out)
 
     return ray, [Group.remote() for _ in range(groups)]
 
@@ -431,24 +495,38 @@ def run(args: argparse.Namespace, stack: Processes) -> list[dict[str, Any]]:
         for tokens in args.tokens:
             repeat = args.repeat if tokens < 256 else max(4, args.repeat // 4)
             spent = measure(planes, tokens, groups, args.rounds, repeat)
-            results.append(
-                {"tokens": tokens, "groups": groups}
-                | {name: round(statistics.median(times), 1) for name, times in spent.items()}
-                | {"p10": {n: round(sorted(t)[len(t) // 10], 1) for n, t in spent.items()}}
-            )
+            results.append({"tokens": tokens, "groups": groups} | summary(spent))
         for client in clients:
             client.close()
     return results
 
 
+RATIOS = {"ray/shm": ("ray", "shm"), "zmq/shm": ("zmq", "shm"), "shm/memcpy": ("shm", "memcpy")}
+
+
+def summary(spent: dict[str, list[list[float]]]) -> dict[str, Any]:
+    """Medians, the lowest tenth, and the three ratios that have targets, paired by round."""
+    every = {name: sorted(t for times in rounds for t in times) for name, rounds in spent.items()}
+    middle = {name: [statistics.median(times) for times in r] for name, r in spent.items()}
+    ratios = {
+        name: round(statistics.median(map(operator.truediv, middle[a], middle[b])), 2)
+        for name, (a, b) in RATIOS.items()
+        if a in middle and b in middle
+    }
+    return (
+        {name: round(statistics.median(times), 1) for name, times in every.items()}
+        | {"p10": {name: round(times[len(times) // 10], 1) for name, times in every.items()}}
+        | {"ratios": ratios}
+    )
+
+
 def show(results: list[dict[str, Any]]) -> None:
     """The table: medians in microseconds, and the three ratios that have targets."""
     names = [n for n in ("memcpy", "shm", "tcp", "zmq", "ray") if n in results[0]]
-    ratios = {"ray/shm": ("ray", "shm"), "zmq/shm": ("zmq", "shm"), "shm/memcpy": ("shm", "memcpy")}
-    wanted = {n: pair for n, pair in ratios.items() if set(pair) <= set(names)}
+    wanted = list(results[0]["ratios"])
     rows = [
         [r["tokens"], r["groups"], *(round(r[n]) for n in names)]
-        + [f"{r[a] / r[b]:.2f}" for a, b in wanted.values()]
+        + [f"{r['ratios'][name]:.2f}" for name in wanted]
         for r in results
     ]
     print(table(["tokens", "groups", *names, *wanted], rows))

@@ -39,6 +39,7 @@ class Batch:
         "gate_weights",
         "hidden",
         "homeless",
+        "last",
         "layer",
         "mode",
         "open_pairs",
@@ -89,6 +90,7 @@ class Batch:
         self.stalled_s: float | None = None  # since when some pair has had no live replica
         self.deadline_s = float("inf")  # no later than the first deadline of its attempts
         self.abandoned = False
+        self.last: Any = None  # the connection asked last, until it has been waited for
         self._out: torch.Tensor | None = None  # [T, D] float32
         self.out_address = 0
         self._rows: npt.NDArray[np.float32] | None = None  # [P, D], rows mode

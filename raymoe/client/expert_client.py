@@ -40,6 +40,7 @@ from raymoe.table import GroupEndpoint, RoutingTable
 
 _HOUSEKEEPING_S = 0.05
 _IDLE_PING_S = 5.0  # groups close links that are silent for long
+_FEW_TOKENS = 64
 _now = time.monotonic
 _clock = time.perf_counter
 
@@ -218,8 +219,14 @@ class ExpertClient:
             self._connections.close()
 
     def _wait(self, batch: Batch) -> list[tuple[int, int]]:
-        """Descriptors that have something, after a short spin and then a sleep."""
-        poll = self._connections.wait
+        """Descriptors that have something, after a short spin and then a sleep.
+
+        It sleeps until the group asked last has answered, when others have too as a rule: being
+        woken once a batch and not once a group is worth more than adding a reply early. Not for
+        large batches, and not while messages wait for slots.
+        """
+        connections = self._connections
+        poll = connections.wait
         spin_until = _clock() + self.config.spin_s
         while True:
             events = poll(0)
@@ -230,7 +237,13 @@ class ExpertClient:
         until_s = batch.deadline_s
         if batch.homeless:
             until_s = min(until_s, batch.retry_s)
-        return poll(min(max(until_s - _now(), 0.0) + 0.001, 1.0))
+        timeout_s = min(max(until_s - _now(), 0.0) + 0.001, 1.0)
+        last = batch.last
+        if last is not None and batch.tokens <= _FEW_TOKENS and last.attempts and not last.lost:
+            batch.last = None  # once: then whoever answers
+            if last.sleep(timeout_s):
+                return poll(0)
+        return poll(timeout_s)
 
     # --- in the background -----------------------------------------------------------------
 

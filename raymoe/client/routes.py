@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 from collections import deque
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -51,9 +52,16 @@ class Connection:
         self.lost = False
         self.retiring = False  # no longer in the table: closed once nothing is out
         self.samples: deque[tuple[int, int, int]] = deque(maxlen=samples)
+        poll = select.poll()
+        poll.register(self.fd, select.POLLIN)
+        self._poll = poll.poll
         self._watched_s = 0.0
         self._oldest: Attempt | None = None  # out when last looked at
         self._mark: int | None = None  # the group's progress heard of first since then
+
+    def sleep(self, timeout_s: float) -> bool:
+        """Until this link has something, or the timeout; whether it has."""
+        return bool(self._poll(int(timeout_s * 1000) + 1))
 
     def first_deadline_s(self) -> float:
         """When the next answer is due; infinity when nothing is out."""

@@ -150,6 +150,7 @@ class Sender:
         deadline_s = now + connection.patience.limit_s(
             connection.pairs_out + connection.queued_pairs, len(connection.attempts) + 1
         )
+        batch.last = connection
         connection.attempts[slot.index] = Attempt(batch, message, now, deadline_s)
         if deadline_s < batch.deadline_s:
             batch.deadline_s = deadline_s

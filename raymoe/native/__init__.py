@@ -32,6 +32,7 @@ class Native:
         self.add = _function(handle, "raymoe_add", _P, _I, _P, _P, _I, _I, _I)
         self.tally = _function(handle, "raymoe_tally", _P, _P, _I)
         self.check = _function(handle, "raymoe_check", _P, _P, _I, _I, _I, _I, _I)
+        self.identity = _function(handle, "raymoe_identity", _P, _P, _P, _P, _P, _I, _I, _I)
         free = ctypes.CDLL(path)  # without the GIL
         self.experts = _function(free, "raymoe_experts", _P, _I, _P, _P, _P, _P, _P, _I, _I, _I, _I)
         self.experts_scratch = _function(handle, "raymoe_experts_scratch", _I, _I)

@@ -178,3 +178,14 @@ int64_t raymoe_check(uint32_t *restrict words, const uint8_t *region, int64_t n,
 void raymoe_tally(int64_t *load, const int32_t *words, int64_t n) {
     for (int64_t i = 0; i < n; i++) load[words[i]] += words[n + i];
 }
+
+/* Identity experts, for tests and measurements of the exchange alone: out[i] = x[i] * the sum of the
+ * weights of its pairs. `total` [N] is scratch. */
+void raymoe_identity(const float *restrict x, const int32_t *row, const float *weights,
+                     float *restrict out, float *restrict total, int64_t tokens, int64_t pairs,
+                     int64_t hidden) {
+    memset(total, 0, (size_t)tokens * sizeof *total);
+    for (int64_t p = 0; p < pairs; p++) total[row[p]] += weights[p];
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t d = 0; d < hidden; d++) out[t * hidden + d] = x[t * hidden + d] * total[t];
+}
