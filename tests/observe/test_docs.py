@@ -72,3 +72,15 @@ def test_names_follow_the_rules() -> None:
         assert bool(spec.bounds) == (spec.kind == "histogram")
         assert list(spec.bounds) == sorted(set(spec.bounds))
         assert spec.text.endswith(".") and "|" not in spec.text
+
+
+@pytest.mark.parametrize("page", ["runbook.md", "metrics.md"])
+def test_what_the_pages_name_is_there(page: str, made: ModuleType) -> None:
+    text = (ROOT / "docs" / page).read_text()
+    series = made.names_of(tuple(CATALOGUE.values())) | CATALOGUE.keys() | {"raymoe_"}
+    assert set(re.findall(r"raymoe_\w*", text)) <= series
+    settings = set(re.findall(r"`(?:groups|routers|gateway|placement|ray|data_plane)\.\w+", text))
+    documented = (ROOT / "docs/config.md").read_text()
+    assert {name for name in settings if f"{name}`" not in documented} == set()
+    for linked in re.findall(r"\]\(([\w./-]+)\)", text):
+        assert (ROOT / "docs" / linked).exists(), linked
