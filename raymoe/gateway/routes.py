@@ -80,7 +80,7 @@ async def complete(serving: Serving, request: Request, body: CompletionBody) -> 
         outputs.append(
             shape.output(index, text, None if logprobs is None else entries, choice.finish)
         )
-    return JSONResponse(shape.whole(outputs, _usage(answer)), headers={"X-Request-Id": shape.id})
+    return JSONResponse(shape.whole(outputs, _usage(answer)), headers=id_header(request, shape))
 
 
 async def chat(serving: Serving, request: Request, body: ChatBody) -> Response:
@@ -112,7 +112,13 @@ async def chat(serving: Serving, request: Request, body: ChatBody) -> Response:
         outputs.append(
             shape.output(choice.index, text, None if logprobs is None else entries, choice.finish)
         )
-    return JSONResponse(shape.whole(outputs, _usage(answer)), headers={"X-Request-Id": shape.id})
+    return JSONResponse(shape.whole(outputs, _usage(answer)), headers=id_header(request, shape))
+
+
+def id_header(request: Request, shape: Shape) -> dict[str, str]:
+    """The answer's id as X-Request-Id, unless the request has one: Ray Serve gives every request
+    one and adds it to the answer, and two would become one header with two values."""
+    return {} if "x-request-id" in request.headers else {"X-Request-Id": shape.id}
 
 
 def _choices(
@@ -202,7 +208,7 @@ async def _stream(
         text, entries = echo.before(choice, "", [])
         return writer.raw_text(choice.index, text, entries if echo.with_logprobs else None)
 
-    return EventStream(answer, first, writer, opening, shape.id)
+    return EventStream(answer, first, writer, opening, id_header(request, shape))
 
 
 class _Echo:

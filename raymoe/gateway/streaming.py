@@ -32,14 +32,14 @@ class EventStream(Response):
         first: Batch,
         writer: ChunkWriter,
         opening: Opening,
-        request_id: str,
+        headers: dict[str, str],
     ) -> None:
         """opening: what goes before a choice's first chunk (a chat's role, an echoed prompt)."""
         super().__init__(
             headers={
                 "Cache-Control": "no-cache",
                 "X-Accel-Buffering": "no",  # proxies are not to hold chunks back
-                "X-Request-Id": request_id,
+                **headers,
             }
         )
         del self.headers["content-length"]

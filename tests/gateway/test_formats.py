@@ -226,7 +226,7 @@ def test_a_retry_after_429_succeeds() -> None:
             ) as client:
                 answer = await client.completions.with_raw_response.create(model="tiny", prompt="c")
                 assert answer.retries_taken >= 1
-                assert answer.headers["x-request-id"]
+                assert answer.headers["x-request-id"] == answer.parse().id
                 assert answer.parse().choices[0].text == "later"
             assert (await first).status_code == 200
 
