@@ -24,6 +24,7 @@ from raymoe.engine.kv import KVCache, LayerKV
 from raymoe.engine.ready import ShelfRows, attend_turned
 from raymoe.engine.softmax import attend
 from raymoe.engine.tables import EVERYTHING, Reach, Segment
+from raymoe.native import Native
 
 ATTENTION = "raymoe_packed"
 """Our name in transformers' registry of attention functions."""
@@ -108,40 +109,86 @@ class PackedStep:
     """
 
     def __init__(
-        self, cache: KVCache, batch: StepBatch, chunks: dict[nn.Module, int | None]
+        self,
+        cache: KVCache,
+        batch: StepBatch,
+        chunks: dict[nn.Module, int | None],
+        native: Native | None = None,
     ) -> None:
+        """`native`: the C functions, when decode rows are to be attended by them."""
         self._cache = cache
         self._batch = batch
         self._chunks = chunks
+        self._native = native
 
     def attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
         batch, layer = self._batch, self._cache.layers[module]
         heads = layer.shape.heads
         reach = Reach(call.window, self._chunks[module])
+        parts = []
+        if self._native is not None and batch.decode_rows:
+            parts.append(self._compiled(self._native, layer, reach, call))
+            if batch.decode_rows == batch.tokens:
+                return parts[0]
         value = layer.padded(call.value)
         new_keys, new_values = call.key[0].transpose(0, 1), value[0].transpose(0, 1)  # [N, H_kv, D]
-        rows = batch.pool_rows(heads)
-        layer.keys.write(rows, new_keys)
-        layer.values.write(rows, new_values)
-        query = call.query[0].transpose(0, 1)  # [N, H, D_k]
-        parts = []
-        if reach == EVERYTHING:
-            for shelf in batch.shelf_rows(heads, layer.shape.key_dim):
-                span = slice(shelf.first, shelf.last)
-                parts.append(
-                    _laned(layer, shelf, query[span], new_keys[span], new_values[span], call)
-                )
-        for bucket in batch.buckets(reach, layer.shape):
-            count, seen = bucket.last - bucket.first, slice(bucket.start, bucket.stop)
-            keys = layer.keys.gather(bucket.table, count)[:, :, seen]
-            values = layer.values.gather(bucket.table, count)[:, :, seen]
-            parts.append(
-                _decode(query[bucket.first : bucket.last], keys, values, bucket.mask, call)
-            )
+        rows, done = batch.pool_rows(heads), 0 if self._native is None else batch.decode_rows
+        layer.keys.write(rows[done * heads :], new_keys[done:])
+        layer.values.write(rows[done * heads :], new_values[done:])
+        if self._native is None:
+            parts += self._decode_rows(layer, reach, call, new_keys, new_values)
         for segment in batch.segments(reach, heads):
             parts.append(_prefill(layer, segment, call, value))
-        out = parts[0] if len(parts) == 1 else torch.cat(parts)  # [N, H, stored value width]
-        return out[..., : layer.shape.value_dim]
+        width = layer.shape.value_dim
+        parts = [part[..., :width] for part in parts]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _compiled(
+        self, native: Native, layer: LayerKV, reach: Reach, call: AttentionCall
+    ) -> Tensor:
+        """Write and attend the decode rows in C -> [B, H, D_v]."""
+        shape, rows = layer.shape, self._batch.decode_rows
+        plan = self._batch.decode_plan(reach)
+        query, key, value = map(_dense_rows, (call.query, call.key, call.value))
+        sinks = None if call.sinks is None else _dense_rows(call.sinks)
+        heads = query.shape[1]
+        out = torch.empty(rows, heads, shape.value_dim)
+        native.decode(
+            plan.plan, rows, heads, shape.heads, self._cache.block_tokens, shape.key_dim,
+            shape.value_dim, shape.stored_value_dim,
+            query.data_ptr(), query.stride(2), query.stride(1),
+            key.data_ptr(), key.stride(2), key.stride(1),
+            value.data_ptr(), value.stride(2), value.stride(1),
+            layer.keys.address, layer.values.address, out.data_ptr(),
+            None if sinks is None else sinks.data_ptr(),
+            call.scale, call.cap or 0.0, plan.scratch,
+        )  # fmt: skip
+        return out
+
+    def _decode_rows(
+        self, layer: LayerKV, reach: Reach, call: AttentionCall, keys: Tensor, values: Tensor
+    ) -> list[Tensor]:
+        """Attend the decode rows, with new [N, H_kv, D] written -> [rows, H, D] parts."""
+        batch, parts = self._batch, []
+        query = call.query[0].transpose(0, 1)  # [N, H, D_k]
+        if reach == EVERYTHING:
+            for shelf in batch.shelf_rows(layer.shape.heads, layer.shape.key_dim):
+                span = slice(shelf.first, shelf.last)
+                parts.append(_laned(layer, shelf, query[span], keys[span], values[span], call))
+        for bucket in batch.buckets(reach, layer.shape):
+            count, seen = bucket.last - bucket.first, slice(bucket.start, bucket.stop)
+            stored = layer.keys.gather(bucket.table, count)[:, :, seen]
+            mixed = layer.values.gather(bucket.table, count)[:, :, seen]
+            rows = query[bucket.first : bucket.last]
+            parts.append(_decode(rows, stored, mixed, bucket.mask, call))
+        return parts
+
+
+def _dense_rows(numbers: Tensor) -> Tensor:
+    """The same with its last dimension's numbers side by side, in float32."""
+    if numbers.dtype is not torch.float32:
+        numbers = numbers.float()
+    return numbers if numbers.stride(-1) == 1 else numbers.contiguous()
 
 
 def _laned(

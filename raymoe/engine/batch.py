@@ -30,6 +30,19 @@ Chunks = list[tuple[Sequence, int]]
 """(sequence, tokens) in packed order: decode rows (one token each) first, then prefill."""
 
 
+class DecodePlan:
+    """What `raymoe_decode` wants to know of a step's rows: addresses, and the memory behind."""
+
+    __slots__ = ("_plan", "_scratch", "plan", "scratch")
+
+    def __init__(self, plan: np.ndarray, longest: int) -> None:
+        """plan: int64, see attention.c; longest: keys that one row sees at most."""
+        self._plan = plan
+        self._scratch = np.empty(longest, dtype=np.float32)
+        self.plan = plan.ctypes.data
+        self.scratch = self._scratch.ctypes.data
+
+
 class StepBatch:
     """N packed tokens: first the members of `shelves`, then other decode rows, then prefill."""
 
@@ -82,6 +95,25 @@ class StepBatch:
 
         rows: Tensor = self._once(("rows", heads), make)
         return rows
+
+    def decode_plan(self, reach: Reach) -> DecodePlan:
+        """All decode rows, for the C function and layers of this reach."""
+
+        def make() -> DecodePlan:
+            size = self._block_tokens
+            records: list[int] = []
+            blocks: list[int] = []
+            at, longest = 4 * len(self._decode), 0
+            for one in self._decode:
+                position = one.computed
+                first = reach.first(position)
+                records += (first, position, at + len(blocks), first // size)
+                blocks += one.blocks[first // size : position // size + 1]
+                longest = max(longest, position + 1 - first)
+            return DecodePlan(np.array(records + blocks, dtype=np.int64), longest)
+
+        plan: DecodePlan = self._once(("plan", reach), make)
+        return plan
 
     def shelf_rows(self, heads: int, key_dim: int) -> list[ShelfRows]:
         """The rows that have lanes, for layers that see everything."""

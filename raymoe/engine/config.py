@@ -12,7 +12,8 @@ class EngineConfig:
     """Frozen settings; impossible ones raise `ConfigError` at once."""
 
     kv_bytes: int = 1 << 28  # budget of the KV cache, in bytes
-    lanes_share: float = 0.25  # of kv_bytes, for copies that decode faster; 0 turns them off
+    compiled: bool = True  # attention of decoding tokens in C, where there is a compiler
+    lanes_share: float = 0.25  # without it: of kv_bytes, for copies that decode faster; 0: none
     block_tokens: int = 16  # tokens of one KV block
     max_batch: int = 64  # requests that run at once
     chunk_tokens: int = 256  # prompt tokens prefilled in one step, over all requests

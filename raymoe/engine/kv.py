@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from raymoe.engine.lanes import Shelf
 from raymoe.engine.ready import ReadyLanes
+from raymoe.native import Native, native
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,7 @@ class Side:
         self._workspace = workspace
         pool = _zeros(blocks * self._heads * tokens, self._width, dtype, device)
         self.blocks = pool.view(blocks, -1)
+        self.address = pool.data_ptr()
         self._rows = pool
         self._pairs = pool.view(blocks * self._heads, -1)  # (block, head) pairs
 
@@ -129,6 +131,7 @@ class KVCache:
         device: torch.device,
     ) -> None:
         self.device = device
+        self.block_tokens = block_tokens
         self._capacities: set[int] = set()
         workspace = Workspace(device)
         self.layers = {
@@ -155,6 +158,12 @@ class KVCache:
                 layer.ready_keys.keep(capacities)
                 layer.ready_values.keep(capacities)
         self._capacities = capacities
+
+
+def compiled_for(shapes: Mapping[nn.Module, KVShape], device: torch.device) -> Native | None:
+    """The C functions, where there are any and they fit what these layers store."""
+    fit = device.type == "cpu" and all(one.dtype == torch.float32 for one in shapes.values())
+    return native() if fit else None
 
 
 def token_bytes(shapes: Mapping[nn.Module, KVShape]) -> int:

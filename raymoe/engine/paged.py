@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from raymoe.engine.attention import ATTENTION, PackedStep, answering, chunk_of
 from raymoe.engine.batch import Chunks, StepBatch
 from raymoe.engine.blocks import BlockPool
 from raymoe.engine.config import EngineConfig
-from raymoe.engine.kv import KVCache, token_bytes
+from raymoe.engine.fused import fuse
+from raymoe.engine.kv import KVCache, compiled_for, token_bytes
 from raymoe.engine.lanes import Lanes, Shelf
 from raymoe.engine.probe import PROBE_IDS, probe, silenced
 from raymoe.engine.scheduler import StepPlan
@@ -40,22 +42,25 @@ class PagedModel:
         shapes = probe(model, experts)
         self.token_bytes = token_bytes(shapes)
         self._attention_chunks = {module: chunk_of(module) for module in shapes}
+        self._native = compiled_for(shapes, self._device) if config.compiled else None
+        lanes_share = config.lanes_share if self._native is None else 0.0  # it reads the blocks
         self.pool = BlockPool(
-            block_count(
-                config, int(self.token_bytes * config.block_tokens / (1 - config.lanes_share))
-            ),
+            block_count(config, int(self.token_bytes * config.block_tokens / (1 - lanes_share))),
             config.block_tokens,
         )
         widest = max(shape.token_bytes for shape in shapes.values())
         self._lanes = Lanes(
-            budget_tokens=int(config.kv_bytes * config.lanes_share) // self.token_bytes,
+            budget_tokens=int(config.kv_bytes * lanes_share) // self.token_bytes,
             split_tokens=SPLIT_BYTES // widest,
         )
         self._shelves: list[Shelf] = []
+        self._undo: Callable[[], None] = lambda: None
         self._cache = KVCache(shapes, self.pool.blocks, config.block_tokens, self._device)
 
     def order(self, plan: StepPlan) -> Chunks:
         """The rows of a step: lanes first, shelf by shelf, then the longest, then prefill."""
+        if self._native is not None:
+            return [(one, 1) for one in plan.decode] + plan.prefill
         decode = sorted(plan.decode, key=lambda one: -len(one.tokens))
         self._shelves = self._lanes.place(decode)
         laned = [one for shelf in self._shelves for one in shelf.members]
@@ -76,7 +81,7 @@ class PagedModel:
         keep: int | Tensor = 0  # all
         if len(rows) < batch.tokens:
             keep = torch.tensor(rows, dtype=torch.int64, device=self._device)
-        with answering(PackedStep(self._cache, batch, self._attention_chunks)):
+        with answering(PackedStep(self._cache, batch, self._attention_chunks, self._native)):
             logits: Tensor = self._model(
                 input_ids=batch.input_ids,
                 position_ids=batch.position_ids,
@@ -84,6 +89,15 @@ class PagedModel:
                 logits_to_keep=keep,
             ).logits[0]
         return logits
+
+    def fuse(self) -> None:
+        """Make one call of many small operations where that gives the same."""
+        if self._native is not None:
+            self._undo = fuse(self._model, self._attention_chunks, self._native)
+
+    def unfuse(self) -> None:
+        """Take `fuse` back."""
+        self._undo()
 
     def agrees(self, truth: Tensor, experts: Experts | None) -> bool:
         """Whether PROBE_IDS, in two chunks and then token by token, give the logits `truth`.

@@ -50,6 +50,10 @@ def runnable(model: Any, experts: Experts | None, config: EngineConfig) -> Runna
         truth = stock_logits(model, experts)
         paged = PagedModel(model, experts, config)
         if paged.agrees(truth, experts):
+            paged.fuse()
+            if not paged.agrees(truth, experts):
+                log.warning("fused operations do not fit %s", model.config.model_type)
+                paged.unfuse()
             return paged
         log.warning(
             "packed attention does not give %s its own logits: its requests run one by one",

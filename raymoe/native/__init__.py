@@ -1,4 +1,4 @@
-"""Optional C for the two hottest loops; everything works without it, in numpy and torch.
+"""Optional C for the hottest loops; everything works without it, in numpy and torch.
 
 `native()` is the compiled library, or None where it cannot be compiled or RAYMOE_NATIVE=0 says not
 to use it. Its functions take addresses: who calls them keeps the memory alive and has checked that
@@ -17,7 +17,7 @@ from raymoe.native.build import BuildError, library
 
 log = logging.getLogger(__name__)
 
-_P, _I = ctypes.c_void_p, ctypes.c_int64
+_P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 Function = Callable[..., int]
 
@@ -32,8 +32,13 @@ class Native:
         self.add = _function(handle, "raymoe_add", _P, _I, _P, _P, _I, _I, _I)
         self.tally = _function(handle, "raymoe_tally", _P, _P, _I)
         self.check = _function(handle, "raymoe_check", _P, _P, _I, _I, _I, _I, _I)
+        self.norm = _function(handle, "raymoe_norm", _P, _P, _P, _I, _I, _F)
+        self.rotate = _function(handle, "raymoe_rotate", _P, _P, _I, _I, _P, _P, _I, _I, _I)
         self.identity = _function(handle, "raymoe_identity", _P, _P, _P, _P, _P, _I, _I, _I)
         free = ctypes.CDLL(path)  # without the GIL
+        self.decode = _function(
+            free, "raymoe_decode", _P, *[_I] * 7, *[_P, _I, _I] * 3, *[_P] * 4, _F, _F, _P
+        )
         self.experts = _function(free, "raymoe_experts", _P, _I, _P, _P, _P, _P, _P, _I, _I, _I, _I)
         self.experts_scratch = _function(handle, "raymoe_experts_scratch", _I, _I)
 

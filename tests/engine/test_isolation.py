@@ -36,10 +36,10 @@ def poison(engine: Engine, owner: Sequence | None) -> None:
                         lanes[lane] = torch.nan
 
 
-@pytest.mark.parametrize("lanes_share", [0.0, 0.3])
-def test_only_its_own_memory_is_read(lanes_share: float) -> None:
+@pytest.mark.parametrize(("lanes_share", "compiled"), [(0.0, False), (0.3, False), (0.0, True)])
+def test_only_its_own_memory_is_read(lanes_share: float, compiled: bool) -> None:
     requests = [request(name, prompt(11, ord(name)), max_tokens=12) for name in "abc"]
-    engine = stock_engine(lanes_share=lanes_share, prefix_cache=False)
+    engine = stock_engine(lanes_share=lanes_share, prefix_cache=False, compiled=compiled)
     expected = run(engine, requests)
     for reader in "abc":
         outcomes = {name: Outcome() for name in "abc"}

@@ -52,12 +52,13 @@ def test_a_request_whose_last_token_was_lost_on_the_way_just_ends(
 
 SCARCE: list[dict[str, Any]] = [
     {"kv_bytes": 40_000, "lanes_share": 0.0},
-    {"kv_bytes": 1_340_000, "lanes_share": 0.97},
+    {"kv_bytes": 1_340_000, "lanes_share": 0.97, "compiled": False},
+    {"kv_bytes": 40_000, "lanes_share": 0.0, "compiled": False},
 ]
-"""13 blocks of 4 tokens each, without lanes and with."""
+"""13 blocks of 4 tokens each: attention in C, lanes, gathered blocks."""
 
 
-@pytest.mark.parametrize("config", SCARCE, ids=["gathered", "lanes"])
+@pytest.mark.parametrize("config", SCARCE, ids=["compiled", "lanes", "gathered"])
 @pytest.mark.parametrize("kind", ["greedy", "filters", "penalties"])
 def test_preempted_requests_give_the_same_tokens(kind: str, config: dict[str, Any]) -> None:
     fields = {**KINDS[kind], "max_tokens": 30}
