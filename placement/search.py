@@ -14,17 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from placement.dwell import Held
-from placement.gains import Gains
 from placement.pour import Poured, host_lists, merge, pour
-from placement.score import layer_score, powered
+from placement.propose import FAILS, Proposal, Proposer
+from placement.score import layer_score
 from placement.types import Bools, Floats, Ints
 from placement.victims import least_missed
 
-_TARGETS = 8  # groups looked at as new homes, least pressed first
-_EXPERTS = 16  # experts of the pressed group looked at, busiest first
-_HOPE = 0.3  # proposals promising this part of the margin are tried
-_FAILS = 8  # a layer rests after so many proposals that did not pay
-_TOGETHER = 0.8  # what a replica on the same node is worth, where losses are to be survived
 _REFRESH = 3  # the list of replicas to evict is made anew every so many rounds
 _VICTIMS = 32  # replicas of a group looked at for eviction, least missed first
 
@@ -43,20 +38,6 @@ class Change:
     loaded_bytes: int = 0
     gain: float = 0.0
     price: float = 0.0
-
-
-@dataclass(kw_only=True, eq=False)
-class _Proposal:
-    net: float
-    kind: int  # 0 add, 1 swap
-    layer: int
-    expert: int
-    source: int
-    target: int
-    other: int
-    price: float
-    evicts: tuple[int, int, int] | None = None  # layer, expert, group given up
-    instead: _Proposal | None = None  # the swap to take when no bytes can be had
 
 
 class Searcher:
@@ -99,16 +80,26 @@ class Searcher:
         self.node = node
         self.layers, self.cases, self.experts = load.shape
         self.groups = len(rate)
-        self.mean_load = load.mean(1)
         self.loaded = 0
         self.changes: list[Change] = []
         self.sweeps = 2 if resident.size < 500_000 else 1
-        # a group holds about so many experts of a layer: no need to look at more
-        slots = float(resident.sum()) / max(self.layers * self.groups, 1)
-        self._depth = int(min(_EXPERTS, np.ceil(1.5 * slots) + 2, self.experts))
         self._held = held
         self._tabu = np.zeros(resident.shape, np.bool_) if held is None else held.barred.copy()
         self._fails = np.zeros(self.layers, np.int64)
+        self._proposer = Proposer(
+            load=load,
+            resident=resident,
+            allowed=allowed,
+            room=room,
+            size=size,
+            rate=rate,
+            price=price,
+            margin=margin,
+            node=node,
+            held=held,
+            tabu=self._tabu,
+            fails=self._fails,
+        )
 
     def run(self, rounds: int) -> None:
         """Improve for at most so many rounds, or until no action pays anywhere."""
@@ -119,9 +110,10 @@ class Searcher:
         for turn in range(rounds):
             if turn % _REFRESH == 0:
                 self._victims = least_missed(poured, self._copies, self.rate)
-            proposals = self._choose(self._propose(poured, score), poured)
+            found = self._proposer.propose(poured, score, self._copies, self._victims)
+            proposals = self._choose(found)
             if not proposals:
-                if (self._fails >= _FAILS).all():
+                if (self._fails >= FAILS).all():
                     break
                 continue
             poured, score = self._try(proposals, poured, score)
@@ -131,131 +123,9 @@ class Searcher:
     def _pour(self, hosts: Ints, copies: Ints, layers: Ints) -> Poured:
         return pour(self.load[layers], hosts, copies, self.rate, self.base, self.sweeps)
 
-    # -- proposing ---------------------------------------------------------------------------
-
-    def _propose(self, poured: Poured, score: Floats) -> list[_Proposal]:
-        live = np.flatnonzero(self._fails < _FAILS)
-        if not len(live):
-            return []
-        level = poured.level[live]  # [N, M, G]
-        scale = np.maximum(level.max(2, keepdims=True), 1e-300)
-        relative = level / scale
-        pressure = powered(relative).mean(1)  # [N, G]
-        source = pressure.argmax(1)
-        size = self.size[live][:, None]
-        has_room = (self.room[None, :] >= size) | self._victims.has_any[None, :]
-        mean = relative.mean(1) + np.where(has_room, 0.0, 0.02) + np.where(self.allowed, 0, 1e6)
-        mean[np.arange(len(live)), source] = np.inf
-        width = min(_TARGETS, self.groups - 1)
-        if width < 1:
-            self._fails[:] = _FAILS
-            return []
-        target = np.argpartition(mean, width - 1, axis=1)[:, :width]  # [N, T]
-        flow, on_source = self._flows(poured, live, source)  # [N, E, M]
-        depth = self._depth
-        busy = np.where(on_source, flow.mean(2), -1.0)
-        expert = np.argpartition(-busy, depth - 1, axis=1)[:, :depth]  # [N, S]
-        n = np.arange(len(live))[:, None]
-        amount = np.where((busy[n, expert] > 0)[:, :, None], flow[n, expert], 0.0)  # [N, S, M]
-        unit = np.maximum(scale[:, :, 0], 1e-300)  # [N, M]
-        calc = Gains(self.rate, relative, unit, source, target)
-        adds = calc.add(amount)  # [N, S, T]
-        if self.node is not None:
-            together = self.node[target] == self.node[source][:, None]
-            adds = adds * np.where(together, _TOGETHER, 1.0)[:, None, :]
-        price = self.size[live][:, None] * self.price[target]  # [N, T]
-        closed = self.resident[live[:, None, None], expert[:, :, None], target[:, None, :]]
-        closed = closed | self._tabu[live[:, None, None], expert[:, :, None], target[:, None, :]]
-        closed |= ~self.allowed[target][:, None, :] | ~has_room[n, target][:, None, :]
-        closed |= (amount.mean(2) <= 0)[:, :, None]
-        add_net = np.where(closed, -np.inf, adds - price[:, None, :])
-        best_add = add_net.reshape(len(live), -1).argmax(1)
-        swap_net, swap_price, partner = self._swaps(live, source, target, expert, amount, calc)
-        best_swap = swap_net.reshape(len(live), -1).argmax(1)
-        found = []
-        floor = _HOPE * self.margin * score  # the estimate is first order and cautious
-        for i, layer in enumerate(live.tolist()):
-            s, t = divmod(int(best_add[i]), width)
-            s2, rest = divmod(int(best_swap[i]), width * partner.shape[2])
-            t2, f2 = divmod(rest, partner.shape[2])
-            add = _Proposal(
-                net=float(add_net[i, s, t]),
-                kind=0,
-                layer=layer,
-                expert=int(expert[i, s]),
-                source=int(source[i]),
-                target=int(target[i, t]),
-                other=-1,
-                price=float(price[i, t]),
-            )
-            swap = _Proposal(
-                net=float(swap_net[i, s2, t2, f2]),
-                kind=1,
-                layer=layer,
-                expert=int(expert[i, s2]),
-                source=int(source[i]),
-                target=int(target[i, t2]),
-                other=int(partner[i, t2, f2]),
-                price=float(swap_price[i, t2]),
-            )
-            best = add if add.net >= swap.net else swap
-            if best.net <= floor[layer]:
-                self._fails[layer] = _FAILS
-                continue
-            if best is add and swap.net > floor[layer]:
-                add.instead = swap
-            found.append(best)
-        return found
-
-    def _flows(self, poured: Poured, live: Ints, source: Ints) -> tuple[Floats, Bools]:
-        """Pairs/s of each expert on the pressed group, [N, E, M], and which experts are there."""
-        on_source = self.resident[live, :, source]  # [N, E]
-        single = on_source & (self._copies[live] == 1)
-        flow = np.where(single[:, :, None], self.load[live].transpose(0, 2, 1), 0.0)
-        if poured.rep.shape[1]:
-            here = poured.hosts[live] == source[:, None, None]  # [N, R, C]
-            part = (poured.flow[live] * here[:, :, None, :]).sum(3)  # [N, R, M]
-            n, r = np.nonzero(here.any(2))
-            flow[n, poured.rep[live][n, r]] = part[n, r]
-        return flow, on_source
-
-    def _swaps(
-        self,
-        live: Ints,
-        source: Ints,
-        target: Ints,
-        expert: Ints,
-        amount: Floats,
-        calc: Gains,
-    ) -> tuple[Floats, Floats, Ints]:
-        """Net gains [N, S, T, F] of swapping expert s for the f-th lightest single of target t."""
-        n = np.arange(len(live))[:, None]
-        single = self._copies[live] == 1
-        there = self.resident[live[:, None], :, target] & single[:, None, :]  # [N, T, E]
-        weight = np.where(there, self.mean_load[live][:, None, :], np.inf)
-        depth = self._depth
-        partner = np.argpartition(weight, depth - 1, axis=2)[:, :, :depth]  # [N, T, F]
-        real = np.isfinite(np.take_along_axis(weight, partner, 2))
-        back = self.load[live].transpose(0, 2, 1)[n[:, :, None], partner]  # [N, T, F, M]
-        gain = calc.swap(amount, back)
-        price = self.size[live][:, None] * (self.price[target] + self.price[source][:, None])
-        can = single[n, expert][:, :, None, None] & real[:, None, :, :]
-        can &= self.allowed[target][:, None, :, None] & self.allowed[source][:, None, None, None]
-        tabu = self._tabu[live[:, None, None], expert[:, :, None], target[:, None, :]]
-        can = can & ~tabu[..., None] & (amount.mean(2) > 0)[:, :, None, None]
-        if self._held is not None:
-            pinned, barred = self._held.pinned[live], self._held.barred[live]
-            rows = np.arange(len(live))[:, None]
-            can &= ~pinned[rows, expert, source[:, None]][:, :, None, None]
-            stuck = pinned[rows[:, :, None], partner, target[:, :, None]]
-            stuck |= barred[rows[:, :, None], partner, source[:, None, None]]
-            can &= ~stuck[:, None]
-        net = np.where(can, gain - price[:, None, :, None], -np.inf)
-        return net, price, partner
-
     # -- choosing and trying -----------------------------------------------------------------
 
-    def _choose(self, proposals: list[_Proposal], poured: Poured) -> list[_Proposal]:
+    def _choose(self, proposals: list[Proposal]) -> list[Proposal]:
         """Proposals that can go together: bytes reserved, no layer touched twice."""
         proposals.sort(key=lambda p: (-p.net, p.layer))
         room, used = self.room.copy(), set[int]()
@@ -276,7 +146,7 @@ class Searcher:
                     p = p.instead
             bytes_loaded = size * (2 if p.kind else 1)
             if bytes_loaded > left:
-                self._fails[p.layer] = _FAILS
+                self._fails[p.layer] = FAILS
                 continue
             if p.evicts:
                 # what an eviction leaves over is not lent out before it has proved its worth
@@ -295,7 +165,7 @@ class Searcher:
 
     def _evict(
         self,
-        p: _Proposal,
+        p: Proposal,
         room: int,
         pool: float,
         touched: set[int],
@@ -334,12 +204,12 @@ class Searcher:
     def _stays(self, layer: int, expert: int, group: int) -> bool:
         return self._held is not None and bool(self._held.pinned[layer, expert, group])
 
-    def _reject(self, p: _Proposal) -> None:
+    def _reject(self, p: Proposal) -> None:
         self._tabu[p.layer, p.expert, p.target] = True
         self._fails[p.layer] += 1
 
     def _try(
-        self, proposals: list[_Proposal], poured: Poured, score: Floats
+        self, proposals: list[Proposal], poured: Poured, score: Floats
     ) -> tuple[Poured, Floats]:
         for p in proposals:
             self._apply(p)
@@ -366,7 +236,7 @@ class Searcher:
         self._copies[layers[taken]] = copies[taken]
         return merge(poured, tried, layers, taken), score
 
-    def _apply(self, p: _Proposal) -> None:
+    def _apply(self, p: Proposal) -> None:
         size = int(self.size[p.layer])
         cell = self.resident[p.layer]
         cell[p.expert, p.target] = True
@@ -380,7 +250,7 @@ class Searcher:
             self.resident[p.evicts] = False
             self._take(p.evicts[2], -int(self.size[p.evicts[0]]))
 
-    def _undo(self, p: _Proposal) -> None:
+    def _undo(self, p: Proposal) -> None:
         size = int(self.size[p.layer])
         cell = self.resident[p.layer]
         cell[p.expert, p.target] = False
@@ -398,7 +268,7 @@ class Searcher:
         self.room[group] -= size
         self.pool -= size
 
-    def _accept(self, p: _Proposal, gain: float) -> None:
+    def _accept(self, p: Proposal, gain: float) -> None:
         loaded = int(self.size[p.layer]) * (2 if p.kind else 1)
         self.loaded += loaded
         self._fails[p.layer] = 0
