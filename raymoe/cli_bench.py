@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from raymoe.errors import ConfigError
 
@@ -118,6 +118,7 @@ def _deployment(args: argparse.Namespace) -> Iterator[str]:
     import signal
     import socket
     import subprocess
+    import threading
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -135,8 +136,15 @@ def _deployment(args: argparse.Namespace) -> Iterator[str]:
                 break
         else:
             raise ConfigError("raymoe serve ended before it was ready")
+        threading.Thread(target=_copy, args=(serve.stdout,), daemon=True).start()
         yield f"http://127.0.0.1:{port}"
     finally:
         if serve.poll() is None:
             serve.send_signal(signal.SIGINT)
-            serve.communicate(timeout=60)
+            serve.wait(timeout=90)
+
+
+def _copy(lines: IO[str]) -> None:
+    """What the deployment still says; unread it would stop at a full pipe."""
+    for line in lines:
+        print(line, end="", file=sys.stderr)
