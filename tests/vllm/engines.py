@@ -25,12 +25,21 @@ class Text:
     leads: tuple[float, ...]
 
 
-def make_engine(model: Path, **options: Any) -> LLM:
-    """float32, small steps: prompts are prefilled in chunks, beside others' decoding."""
-    return LLM(
+@contextmanager
+def engine_of(model: Path, **options: Any) -> Iterator[LLM]:
+    """float32, small steps: prompts are prefilled in chunks, beside others' decoding.
+
+    Shut down at the end: an engine that is only forgotten ends vLLM's process groups when it is
+    collected, under whichever engine there is by then.
+    """
+    engine = LLM(
         model=str(model), dtype="float32", max_model_len=256, max_num_seqs=8,
         max_num_batched_tokens=64, block_size=32, seed=0, **{"enforce_eager": True, **options},
     )  # fmt: skip
+    try:
+        yield engine
+    finally:
+        engine.llm_engine.engine_core.shutdown()
 
 
 def prompts(vocab: int, count: int = 6, longest: int = 100) -> list[dict[str, list[int]]]:
@@ -84,11 +93,11 @@ def remote_of(engine: LLM) -> RemoteExperts:
 def remote_engine(model: Path, settings: dict[str, Any], **options: Any) -> Iterator[LLM]:
     """An engine with its experts elsewhere; its threads have ended afterwards."""
     more = {"load_format": "raymoe", "additional_config": {"raymoe": settings}}
-    engine = make_engine(model, **more, **options)
-    try:
-        yield engine
-    finally:
-        remote_of(engine).close()
+    with engine_of(model, **more, **options) as engine:
+        try:
+            yield engine
+        finally:
+            remote_of(engine).close()
 
 
 @contextmanager

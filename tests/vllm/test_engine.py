@@ -14,8 +14,8 @@ from tests.vllm.engines import (
     Text,
     at_dispatch,
     differences,
+    engine_of,
     generate,
-    make_engine,
     prompts,
     remote_engine,
     remote_of,
@@ -29,7 +29,8 @@ ASKED = prompts(vocab=4096)
 @pytest.fixture(scope="module")
 def reference() -> list[Text]:
     """What stock vLLM, with all experts in it, makes of the prompts."""
-    return generate(make_engine(DEMO), ASKED)
+    with engine_of(DEMO) as engine:
+        return generate(engine, ASKED)
 
 
 @pytest.fixture
@@ -130,5 +131,8 @@ def test_what_cannot_be_is_refused_before_a_weight_is_read(tmp_path: Path) -> No
         pass
     with pytest.raises(ConfigError, match="secret file"), remote_engine(DEMO, settings):
         pass
-    with pytest.raises(ConfigError, match="additional_config"):
-        make_engine(DEMO, load_format="raymoe")
+    with (
+        pytest.raises(ConfigError, match="additional_config"),
+        engine_of(DEMO, load_format="raymoe"),
+    ):
+        pass

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from raymoe.vllm_plugin.supported import FAMILIES
-from tests.vllm.engines import differences, generate, make_engine, prompts, remote_engine, remote_of
+from tests.vllm.engines import differences, engine_of, generate, prompts, remote_engine, remote_of
 from tests.vllm.groups import Fleet
 from tests.zoo import VOCAB, tiny_checkpoint
 
@@ -21,7 +21,8 @@ def test_tokens_are_those_of_stock_vllm(family: str, tmp_path: Path) -> None:
     model = tiny_checkpoint(family, tmp_path, **SHAPE)
     asked = prompts(VOCAB)
     options = {"skip_tokenizer_init": True}
-    reference = generate(make_engine(model, **options), asked)
+    with engine_of(model, **options) as engine:
+        reference = generate(engine, asked)
     fleet = Fleet(model, {"a": lambda layer, e: (layer + e) % 2 == 0, "b": lambda *_: True})
     try:
         with remote_engine(model, fleet.settings(tmp_path / "secret"), **options) as engine:

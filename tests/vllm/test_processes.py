@@ -11,19 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.vllm.engines import Text, differences, generate, make_engine, prompts
+from tests.vllm.engines import Text, differences, engine_of, generate, prompts
 from tests.vllm.groups import Fleet
 from tests.zoo import VOCAB, tiny_checkpoint
 
 PROGRAM = """
 import json, sys
 from pathlib import Path
-from tests.vllm.engines import generate, make_engine, prompts
+from tests.vllm.engines import generate, engine_of, prompts
 
 if __name__ == "__main__":
     model, options = Path(sys.argv[1]), json.loads(sys.argv[2])
-    texts = generate(make_engine(model, **options), prompts({vocab}, 3))
-    print(json.dumps([text.ids for text in texts]))
+    with engine_of(model, **options) as engine:
+        print(json.dumps([text.ids for text in generate(engine, prompts({vocab}, 3))]))
 """
 
 
@@ -32,7 +32,8 @@ def test_two_ranks_in_processes_of_their_own(tmp_path: Path) -> None:
     """Each rank finds the plugin by its entry point and has its own links and control."""
     model = tiny_checkpoint("qwen2_moe", tmp_path, hidden_size=128, head_dim=32)
     options = {"skip_tokenizer_init": True}
-    reference = generate(make_engine(model, **options), prompts(VOCAB, 3))
+    with engine_of(model, **options) as engine:
+        reference = generate(engine, prompts(VOCAB, 3))
     fleet = Fleet(model, {"a": lambda _, e: e % 2 == 0, "b": lambda _, e: e % 2 == 1})
     program = tmp_path / "program.py"
     program.write_text(PROGRAM.format(vocab=VOCAB))
