@@ -17,8 +17,9 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
+from actors.cluster import RayCluster
 from actors.fleet import reason
-from actors.intent import Intent, drained, scaled
+from actors.intent import Intent, Pin, drained, pinned, scaled
 from actors.loop import ControlLoop
 from actors.memory import Memory
 from actors.spawn import controller_name, find, spawn
@@ -50,7 +51,9 @@ class PlacementController:
         secret = read_secret(self._config)
         identity = identity_of(self._config, self._spec)
         self._control = ControlServer(identity, secret, host=_listen_host(self._config))
-        self._loop = ControlLoop(self._config, self._spec, self._control, self._memory)
+        self._loop = ControlLoop(
+            self._config, self._spec, self._control, self._memory, RayCluster()
+        )
         self._lock = self._loop.lock
         self._ledger = Ledger(time.monotonic(), restarted=self._loop.term > 1)
         self._observer = Observer()
@@ -133,9 +136,7 @@ class PlacementController:
             shown = self._observer.shown(experts=experts)
             return {**answer, "status": self.status(), "shown": shown}
 
-    def view(
-        self, since_seq: int, since_at: float, layers: list[int], why: bool
-    ) -> dict[str, Any]:
+    def view(self, since_seq: int, since_at: float, layers: list[int], why: bool) -> dict[str, Any]:
         """What the web page shows (`Observer.view`), with the status."""
         with self._lock:
             view = self._observer.view(since_seq, since_at, layers, why)
@@ -160,25 +161,30 @@ class PlacementController:
 
     def scale(self, groups: int, kind: str | None = None) -> dict[str, Any]:
         """So many groups of a kind are to serve. {"members"}, or {"error"}: why not."""
-        return self._want(
-            lambda intent: scaled(
-                self._config, intent, groups, kind, self._loop.cheapest_to_give_up()
-            )
+        wanted = self._loop.wanted
+        return self._ask(
+            lambda intent: scaled(self._config, intent, groups, kind, wanted.cheapest_to_give_up())
         )
 
     def drain(self, group: str, undo: bool = False) -> dict[str, Any]:
         """Empty a group and end it; with `undo` have it back. {"members"}, or {"error"}."""
-        return self._want(lambda intent: drained(intent, group, undo))
+        return self._ask(lambda intent: drained(intent, group, undo))
 
-    def _want(self, change: Callable[[Intent], Intent]) -> dict[str, Any]:
+    def pin(
+        self, layer: int, expert: int, group: str, keep: bool = True, undo: bool = False
+    ) -> dict[str, Any]:
+        """Fix a replica where it is to be (`keep`), or is not to be; with `undo` let it go.
+        {"members", "pins"}, or {"error"}."""
+        pin = Pin(layer=layer, expert=expert, group=group, keep=keep)
+        known = self._spec.experts_of_layer
+        return self._ask(lambda intent: pinned(intent, pin, known, undo))
+
+    def _ask(self, change: Callable[[Intent], Intent]) -> dict[str, Any]:
         with self._lock:
             try:
-                intent = change(self._loop.intent)
-                self._loop.check_room(intent)
-                self._loop.want(intent)
+                return self._loop.wanted.ask(change).to_dict()
             except (ConfigError, PlacementError) as e:
                 return {"error": str(e)}
-            return self._loop.intent.to_dict()
 
     def set_slowdown(self, group: str, factor: float) -> None:
         """For tests: this group takes so many times as long from now on."""

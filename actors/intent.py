@@ -31,10 +31,21 @@ class Member:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Pin:
+    """A replica that must be on a group (`keep`), or must not while another one serves."""
+
+    layer: int
+    expert: int
+    group: str
+    keep: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Intent:
-    """All groups of a deployment, in the order of all arrays."""
+    """All groups of a deployment, in the order of all arrays; and what operators have fixed."""
 
     members: tuple[Member, ...]
+    pins: tuple[Pin, ...] = ()
 
     @classmethod
     def of(cls, config: DeploymentConfig) -> Intent:
@@ -44,11 +55,21 @@ class Intent:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Intent:
         """What `to_dict` wrote."""
-        return cls(members=tuple(Member(**member) for member in data["members"]))
+        return cls(
+            members=tuple(Member(**member) for member in data["members"]),
+            pins=tuple(Pin(**pin) for pin in data["pins"]),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe."""
-        return {"members": [vars(member) for member in self.members]}
+        return {
+            "members": [vars(member) for member in self.members],
+            "pins": [vars(pin) for pin in self.pins],
+        }
+
+    def cells(self, keep: bool) -> frozenset[tuple[int, int, str]]:
+        """Replicas that must be where they are said to be, or must not."""
+        return frozenset((p.layer, p.expert, p.group) for p in self.pins if p.keep is keep)
 
     @property
     def draining(self) -> frozenset[str]:
@@ -71,19 +92,23 @@ class Intent:
         """The same with a group draining for another reason, or for none ("")."""
         self.member(group_id)
         changed = (replace(m, draining=why) if m.id == group_id else m for m in self.members)
-        return Intent(members=tuple(changed))
+        return replace(self, members=tuple(changed))
 
     def added(self, group_id: str, kind: str) -> Intent:
         """One more group; nothing when it is there already."""
         if any(m.id == group_id for m in self.members):
             return self
-        return Intent(members=(*self.members, Member(id=group_id, kind=kind)))
+        return replace(self, members=(*self.members, Member(id=group_id, kind=kind)))
 
     def retired(self, group_id: str) -> Intent:
         """A group has ended: forgotten, unless an operator may want it back."""
         if self.member(group_id).draining == OPERATOR:
             return self
-        return Intent(members=tuple(m for m in self.members if m.id != group_id))
+        return replace(
+            self,
+            members=tuple(m for m in self.members if m.id != group_id),
+            pins=tuple(p for p in self.pins if p.group != group_id),
+        )
 
 
 def kind_of(config: DeploymentConfig, name: str | None) -> GroupsConfig:
@@ -149,6 +174,22 @@ def drained(intent: Intent, group_id: str, undo: bool) -> Intent:
     if all(m.draining or m.id == group_id for m in intent.members):
         raise ConfigError(f"group {group_id} is the last one that serves: add another first")
     return intent.with_draining(group_id, member.draining or OPERATOR)
+
+
+def pinned(intent: Intent, pin: Pin, experts_of_layer: Sequence[int], undo: bool) -> Intent:
+    """A replica is fixed where it is to be or not to be, in place of what was said of it before;
+    with `undo` nothing is said of it any more."""
+    intent.member(pin.group)
+    if not 0 <= pin.layer < len(experts_of_layer):
+        raise ConfigError(f"there is no MoE layer {pin.layer}: 0 to {len(experts_of_layer) - 1}")
+    if not 0 <= pin.expert < experts_of_layer[pin.layer]:
+        most = experts_of_layer[pin.layer] - 1
+        raise ConfigError(f"layer {pin.layer} has no expert {pin.expert}: 0 to {most}")
+    cell = (pin.layer, pin.expert, pin.group)
+    others = tuple(p for p in intent.pins if (p.layer, p.expert, p.group) != cell)
+    if undo and len(others) == len(intent.pins):
+        raise ConfigError(f"nothing is fixed for layer {pin.layer} expert {pin.expert} there")
+    return replace(intent, pins=others if undo else (*others, pin))
 
 
 def replaced(config: DeploymentConfig, intent: Intent, group_id: str) -> Intent:

@@ -7,31 +7,17 @@ starts anew just looks and goes on. What the groups hold is none of its business
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import psutil
-import ray
 
-from actors.expert_group import ExpertGroup
-from actors.fleet import (
-    DRAINED,
-    LOADING,
-    LOST,
-    PENDING,
-    READY,
-    STARTING,
-    Calls,
-    LiveGroup,
-    reason,
-)
+from actors.cluster import RayCluster
+from actors.fleet import DRAINED, LOADING, LOST, PENDING, READY, STARTING, LiveGroup, reason
 from actors.intent import Intent
-from actors.spawn import find, group_name, is_pending, names_alive, spawn
+from actors.spawn import group_name
 from raymoe.budget import memory_bytes
 from raymoe.checkpoint.spec import ModelSpec
 from raymoe.config import DeploymentConfig
@@ -51,10 +37,12 @@ class GroupKeeper:
         spec: ModelSpec,
         term: int,
         lock: threading.RLock,
-        calls: Calls,
+        cluster: RayCluster,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config, self._spec, self._lock = config, spec, lock
-        self._calls, self._term = calls, term
+        self._cluster, self._calls, self._term = cluster, cluster.calls, term
+        self._clock = clock
         self._stopping = False
         self._kinds = {kind.kind: kind for kind in config.groups}
         self._budget = memory_bytes(config, spec)
@@ -64,13 +52,13 @@ class GroupKeeper:
 
     def begin(self, intent: Intent) -> None:
         """Finds the groups that run already, by name, and starts the others."""
-        alive = names_alive()
+        alive = self._cluster.names_alive()
         with self._lock:
             for member in intent.members:
                 group = self._add(member.id, member.kind, member.draining != "")
                 prefix = group_name(self._config.name, group.id, 0).removesuffix("0")
                 lives = sorted(int(n.removeprefix(prefix)) for n in alive if n.startswith(prefix))
-                group.gone_since_s = time.monotonic()
+                group.gone_since_s = self._clock()
                 if lives and self._adopt(group, lives[-1]):
                     group.was_up = True
                 elif not group.draining:
@@ -96,7 +84,7 @@ class GroupKeeper:
         """Takes what has come in, waits for it up to `timeout_s`, and starts what is due."""
         self._calls.wait(timeout_s)
         with self._lock:
-            now = time.monotonic()
+            now = self._clock()
             for group in self.groups.values():
                 if self._stopping:
                     return
@@ -106,11 +94,9 @@ class GroupKeeper:
         """Ends the process of a group that has been emptied (or never came up)."""
         with self._lock:
             group = self.groups[group_id]
-            actor, life = group.actor, group.incarnation
-            if actor is not None and group.up:
-                self._calls.start(actor.close.remote(), lambda _, __: ray.kill(actor))
-            elif actor is not None:
-                ray.kill(actor)
+            if group.actor is not None:  # nobody sends to it any more, so nothing is lost
+                self._cluster.kill_frozen(group.actor, group.node, group.pid)
+            life = group.incarnation
             self._clear(group)
             group.state = DRAINED
             group.incarnation = self._lives[group_id] = life + 1  # what it says now is old news
@@ -123,11 +109,7 @@ class GroupKeeper:
         with self._lock:
             self._stopping = True
             actors = [g.actor for g in self.groups.values() if g.actor is not None]
-        refs = [actor.close.remote() for actor in actors]
-        if refs:
-            ray.wait(refs, num_returns=len(refs), timeout=1.5)
-        for actor in actors:
-            ray.kill(actor)
+        self._cluster.close_all(actors, patience_s=1.5)
 
     # ---- one group
 
@@ -142,6 +124,8 @@ class GroupKeeper:
             resident=np.zeros(shape, np.bool_),
             loading=np.zeros(shape, np.bool_),
             draining=draining,
+            heard_s=self._clock(),
+            spawned_s=self._clock(),
             state=DRAINED if draining else STARTING,
         )
         self.groups[group_id] = group
@@ -163,7 +147,7 @@ class GroupKeeper:
 
     def _adopt(self, group: LiveGroup, life: int) -> bool:
         try:
-            group.actor = find(group_name(self._config.name, group.id, life))
+            group.actor = self._cluster.find(group_name(self._config.name, group.id, life))
         except ValueError:  # it died since it was listed
             return False
         group.incarnation = self._lives[group.id] = life
@@ -176,14 +160,13 @@ class GroupKeeper:
         group.incarnation += 1
         self._lives[group.id] = group.incarnation
         self._clear(group)
-        group.state, group.spawned_s = STARTING, time.monotonic()
+        group.state, group.spawned_s = STARTING, self._clock()
         group.retry_at_s, group.load_failures = None, 0
         if group.gone_since_s is None:
             group.gone_since_s = group.spawned_s
         # max_restarts=0: the death of a group that Ray does not restart is known within
         # milliseconds, and where its experts come back is decided here.
-        group.actor = spawn(
-            ExpertGroup,
+        group.actor = self._cluster.start_group(
             group_name(self._config.name, group.id, group.incarnation),
             {
                 "max_restarts": 0,
@@ -230,15 +213,15 @@ class GroupKeeper:
                 return
             if error is not None:
                 group.last_error = reason(error)
-                if not isinstance(error, ray.exceptions.RayActorError):
-                    ray.kill(group.actor)  # it lives, but cannot say who it is
+                if not self._cluster.died(error):
+                    self._cluster.kill(group.actor)  # it lives, but cannot say who it is
                 return
             group.endpoint = GroupEndpoint.from_dict(answer["endpoint"])
             group.node, group.pid = answer["node"], answer["pid"]
             group.pairs_per_s = answer["speed"]
             group.resident = np.array(answer["resident"], np.bool_)
             group.resident_bytes = answer["resident_bytes"]
-            group.heard_s, group.gone_since_s = time.monotonic(), None
+            group.heard_s, group.gone_since_s = self._clock(), None
             group.state, group.was_up, group.last_error = LOADING, True, ""
             self.changes += 1
 
@@ -246,7 +229,7 @@ class GroupKeeper:
         with self._lock:
             if self._stopping or life != group.incarnation or group.state == LOST:
                 return
-            now = time.monotonic()
+            now = self._clock()
             if group.gone_since_s is None:
                 group.gone_since_s = now
             self._clear(group)
@@ -271,7 +254,7 @@ class GroupKeeper:
         if now - max(group.spawned_s, group.looked_s) < _PENDING_AFTER_S:
             return
         group.looked_s = now
-        if is_pending(group.actor) and group.state == STARTING:
+        if self._cluster.is_pending(group.actor) and group.state == STARTING:
             group.state = PENDING
             group.last_error = "waits for resources: " + _asked_for(group)
             self.changes += 1
@@ -290,7 +273,7 @@ class GroupKeeper:
                 if life == group.incarnation:
                     group.pinged = False
                     if error is None:
-                        group.heard_s = time.monotonic()
+                        group.heard_s = self._clock()
                         group.queued_pairs = answer["queued_pairs"]
                         group.samples += answer["samples"]
                         del group.samples[:-_MOST_SAMPLES]
@@ -303,14 +286,9 @@ class GroupKeeper:
 
         Should it wake up, nobody talks to it any more: its incarnation is an old one.
         """
-        silent_s = time.monotonic() - group.heard_s
+        silent_s = self._clock() - group.heard_s
         group.last_error = f"did not answer for {silent_s:.0f} s"
-        ray.kill(group.actor)
-        if group.node == str(ray.get_runtime_context().get_node_id()):
-            # Ray asks the process to end itself, which a stopped one does not hear.
-            with contextlib.suppress(psutil.Error, ProcessLookupError):
-                if "ExpertGroup" in " ".join(psutil.Process(group.pid).cmdline()):
-                    os.kill(group.pid, signal.SIGKILL)
+        self._cluster.kill_frozen(group.actor, group.node, group.pid)
         self._on_ended(group, group.incarnation, None)
 
 

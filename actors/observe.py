@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from actors.fleet import LOST, STARTING, LiveGroup
+from actors.intent import Intent
 from actors.speeds import Measured
 from placement.actions import Snapshot
 from placement.table import Table
@@ -59,11 +60,14 @@ def live_fleet(
     tell them apart (`actors.publisher`).
     """
     place = config.placement
-    specs = []
+    groups, specs = list(groups), []
+    known = next((g for g in groups if g.id in measured and g.pairs_per_s > 0), None)
     for group in groups:
         told = measured.get(group.id)
         if told is not None:
             group.speed = told.speed
+        elif known is not None and group.pairs_per_s > 0:  # of a kind without traffic so far
+            group.speed = measured[known.id].speed * group.pairs_per_s / known.pairs_per_s
         specs.append(
             GroupSpec(
                 id=group.id,
@@ -88,6 +92,7 @@ def snapshot_of(
     counts: Floats | None,
     window_s: float,
     queue_s: float,
+    intent: Intent,
 ) -> Snapshot:
     """`groups` in the order of `fleet`; arrays are copies, so that callbacks may go on writing."""
     return Snapshot(
@@ -98,6 +103,8 @@ def snapshot_of(
         drained=drained,
         draining=frozenset(group.id for group in groups if group.draining),
         away=frozenset(group.id for group in groups if not group.up),
+        pinned=intent.cells(keep=True),
+        barred=intent.cells(keep=False),
         counts=counts,
         window_s=window_s,
         starting=starting,

@@ -22,6 +22,8 @@ class Snapshot:
     draining   ids of groups that shall be emptied
     away       ids of groups that cannot be asked anything now but are expected back: they keep
                their part of the plan, and nothing is asked of them
+    pinned     replicas (layer, expert, group id) that operators want there, whatever they gain
+    barred     replicas that operators do not want there while another one serves
     counts     float64 [L, E], tokens since the last snapshot; None: not measured
     window_s   seconds in which `counts` were counted
     starting   groups asked for that do not live yet
@@ -35,6 +37,8 @@ class Snapshot:
     drained: int = 0
     draining: frozenset[str] = frozenset()
     away: frozenset[str] = frozenset()
+    pinned: frozenset[tuple[int, int, str]] = frozenset()
+    barred: frozenset[tuple[int, int, str]] = frozenset()
     counts: Floats | None = None
     window_s: float = 0.0
     starting: tuple[GroupSpec, ...] = ()

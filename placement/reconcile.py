@@ -27,6 +27,7 @@ from placement.forecast import Forecast
 from placement.initial import place_at_start
 from placement.lent import Lent
 from placement.measure import Promise, Traffic
+from placement.pins import Cell, as_fixed, held_too, masks
 from placement.plan import Plan, PlanConfig
 from placement.planner import loading_s, make_plan
 from placement.record import PlanRecord
@@ -93,6 +94,7 @@ class Reconciler:
         self._target: Placement | None = None
         self._fleet: Fleet | None = None
         self._draining: frozenset[str] = frozenset()
+        self._pins: tuple[frozenset[Cell], frozenset[Cell]] = (frozenset(), frozenset())
         self._tried_s = -np.inf
         self._unused = False  # a window came in since the last plan
 
@@ -115,7 +117,8 @@ class Reconciler:
         """The next actions. The same snapshot twice gives the same actions."""
         snapshot = replace(snapshot, fleet=self._steady.follow(snapshot.fleet))
         fresh = self._measure(snapshot)
-        trigger = self._follow_fleet(snapshot)
+        pins = self._follow_pins(snapshot)
+        trigger = self._follow_fleet(snapshot) or pins
         waited = now - self._tried_s
         due = fresh and self.config.live and waited >= self.config.plan_every_s
         if due and self._target is not None and waited < _PATIENCE * self.config.plan_every_s:
@@ -178,6 +181,11 @@ class Reconciler:
             return "speed" if names else "memory"
         return drained
 
+    def _follow_pins(self, snapshot: Snapshot) -> str:
+        """An operator has pinned or barred something, or let it go."""
+        before, self._pins = self._pins, (snapshot.pinned, snapshot.barred)
+        return "operator" if before != self._pins else ""
+
     def _replan(self, snapshot: Snapshot, now: float, trigger: str) -> None:
         fleet, config = snapshot.fleet, self.config
         self._tried_s = now
@@ -201,7 +209,8 @@ class Reconciler:
             limits = replace(limits, rounds=0)  # only what is owed
         mode = "delta" if (idle or trigger) and self._target is not None else config.mode
         shape = (*snapshot.ready.shape[:2], len(fleet.groups))
-        dwelling = self._dwell.held(shape, fleet.ids, now)
+        pinned, barred = (masks(c, shape, fleet.ids) for c in self._pins)
+        dwelling = held_too(self._dwell.held(shape, fleet.ids, now), pinned, barred)
         plan = self._plan(forecast, fleet, limits, mode, staying, dwelling)
         if plan is not None:
             self._adopt_plan(plan, fleet, now, trigger or "load")
@@ -209,6 +218,7 @@ class Reconciler:
             self._fill(forecast, fleet, staying)
         if self._target is not None:
             self._double(forecast, fleet, staying)
+            self._fix(fleet, pinned, barred, staying)
 
     def _plan(
         self,
@@ -258,6 +268,17 @@ class Reconciler:
             self._target = more
             self._explain_new(fleet, held, "a further copy, should a group be lost")
             self.converger.reasons = {**self.converger.reasons, **before}
+            self.converger.new_target()
+
+    def _fix(self, fleet: Fleet, pinned: Bools, barred: Bools, staying: Bools) -> None:
+        """What operators want goes before what a plan would like."""
+        assert self._target is not None
+        fixed = as_fixed(self._target, fleet, pinned, barred, staying)
+        if (fixed.resident != self._target.resident).any():
+            before, held = self.converger.reasons, self._target.resident
+            self._target = fixed
+            self._explain_new(fleet, held, "pinned by an operator")
+            self.converger.reasons = {**before, **self.converger.reasons}
             self.converger.new_target()
 
     def _explain_new(self, fleet: Fleet, before: Bools, why: str) -> None:

@@ -11,7 +11,8 @@ class PlanRecord:
     """One plan that changed something.
 
     at_s       when, on the reconciler's clock
-    trigger    what called for it: "start", "load", "groups", "speed", "memory", "drain"
+    trigger    what called for it: "start", "load", "groups", "speed", "memory", "drain",
+               "operator"
     promised   part of the layers' time it was to save; None: nothing to compare with
     realised   the same, worked out again from the next window's counts; None: not known yet
     reasons    a sentence for each action

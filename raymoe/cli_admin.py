@@ -1,4 +1,4 @@
-"""`raymoe scale | drain | history`: what operators ask of a running deployment, over HTTP."""
+"""`raymoe scale | drain | pin | evict | history`: what operators ask of a running deployment."""
 
 from __future__ import annotations
 
@@ -28,6 +28,15 @@ def add_admin_parsers(commands: Any) -> None:
     _add_common(drain)
     drain.set_defaults(run=_drain)
 
+    for name, what in (("pin", "keep a replica on a group"), ("evict", "keep one off a group")):
+        pin = commands.add_parser(name, help=f"{what}, whatever the planner would like")
+        pin.add_argument("layer", type=int, metavar="LAYER", help="MoE layer, from 0")
+        pin.add_argument("expert", type=int, metavar="EXPERT", help="expert of the layer, from 0")
+        pin.add_argument("group", metavar="GROUP", help="its id, as `raymoe status` shows it")
+        pin.add_argument("--undo", action="store_true", help="let the planner decide again")
+        _add_common(pin)
+        pin.set_defaults(run=_pin, path=f"/{name}")
+
     history = commands.add_parser("history", help="show what the planner did, and why")
     history.add_argument("--json", action="store_true", help="print one JSON object")
     _add_address(history)
@@ -56,6 +65,11 @@ def _drain(args: argparse.Namespace) -> int:
     return _show(args, _post(args, "/drain", {"group": args.group, "undo": args.undo}))
 
 
+def _pin(args: argparse.Namespace) -> int:
+    body = {"layer": args.layer, "expert": args.expert, "group": args.group, "undo": args.undo}
+    return _show(args, _post(args, args.path, body))
+
+
 def _show(args: argparse.Namespace, answer: dict[str, Any]) -> int:
     if args.json:
         print(json.dumps(answer))
@@ -63,6 +77,9 @@ def _show(args: argparse.Namespace, answer: dict[str, Any]) -> int:
     for member in answer["members"]:
         what = f"draining ({member['draining']})" if member["draining"] else "to serve"
         print(f"{member['id']:12} {member['kind']:12} {what}")
+    for pin in answer["pins"]:
+        where = "stays on" if pin["keep"] else "stays off"
+        print(f"layer {pin['layer']} expert {pin['expert']} {where} {pin['group']}")
     print("see `raymoe status` for how far it is")
     return 0
 

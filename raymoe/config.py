@@ -266,7 +266,7 @@ class PlacementConfig(_Checked):
         10.0, gt=0, description="a group that does not answer for so long is ended and replaced"
     )
     restore_s: float = Field(
-        5.0, ge=0, description="a group away for so long has its experts restored in others"
+        0.5, ge=0, description="a group away for so long has its experts restored in others"
     )
     ack_limit_s: float = Field(
         30.0,

@@ -36,6 +36,16 @@ class DrainBody(BaseModel):
     undo: bool = False
 
 
+class PinBody(BaseModel):
+    """A replica is to be on a group, or is not to be; or nothing is said of it any more."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    layer: int = Field(ge=0)
+    expert: int = Field(ge=0)
+    group: str
+    undo: bool = False
+
+
 def add_admin_routes(app: FastAPI, ask: Ask, token: str | None) -> None:
     """`ask(method, *arguments)` reaches the controller; its answers may hold an "error"."""
 
@@ -48,6 +58,16 @@ def add_admin_routes(app: FastAPI, ask: Ask, token: str | None) -> None:
     async def drain(request: Request) -> Response:
         body = await _read(request, DrainBody, token)
         return _answer(await ask("drain", body.group, body.undo))
+
+    @app.post("/pin")
+    async def pin(request: Request) -> Response:
+        body = await _read(request, PinBody, token)
+        return _answer(await ask("pin", body.layer, body.expert, body.group, True, body.undo))
+
+    @app.post("/evict")
+    async def evict(request: Request) -> Response:
+        body = await _read(request, PinBody, token)
+        return _answer(await ask("pin", body.layer, body.expert, body.group, False, body.undo))
 
     @app.get("/placement/history")
     async def history() -> Response:

@@ -40,11 +40,16 @@ def test_scale_drain_undo() -> None:
     assert http.post("/scale", json={"groups": 4}).status_code == 200
     assert http.post("/scale", json={"groups": 1, "kind": "big"}).status_code == 200
     assert http.post("/drain", json={"group": "g1", "undo": True}).json() == {"members": []}
+    cell = {"layer": 0, "expert": 3, "group": "g1"}
+    assert http.post("/pin", json=cell).status_code == 200
+    assert http.post("/evict", json={**cell, "undo": True}).status_code == 200
     assert http.get("/placement/history").status_code == 200
     assert ASKED == [
         ("scale", 4, None),
         ("scale", 1, "big"),
         ("drain", "g1", True),
+        ("pin", 0, 3, "g1", True, False),
+        ("pin", 0, 3, "g1", False, True),
         ("history",),
     ]
 
@@ -70,6 +75,9 @@ def test_changing_needs_the_token_reading_does_not(headers: dict[str, str], stat
     sent = {name: value.encode("latin-1") for name, value in headers.items()}
     assert http.post("/scale", json={"groups": 4}, headers=sent).status_code == status
     assert http.post("/drain", json={"group": "g1"}, headers=sent).status_code == status
+    for path in ("/pin", "/evict"):
+        cell = {"layer": 0, "expert": 3, "group": "g1"}
+        assert http.post(path, json=cell, headers=sent).status_code == status
     assert bool(ASKED) is (status == 200)
     assert http.get("/placement/history").status_code == 200
 

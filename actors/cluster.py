@@ -1,0 +1,68 @@
+"""Everything the controller asks of Ray about groups, in one object that tests can stand in for."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from typing import Any
+
+import psutil
+import ray
+from ray.actor import ActorHandle
+
+from actors.expert_group import ExpertGroup
+from actors.fleet import Calls
+from actors.spawn import draining_nodes, find, is_pending, names_alive, spawn
+
+
+class RayCluster:
+    """Group actors by name: started, found, ended."""
+
+    def __init__(self) -> None:
+        self.calls = Calls()
+
+    def names_alive(self) -> set[str]:
+        """Names of all our actors that run."""
+        return names_alive()
+
+    def find(self, name: str) -> ActorHandle:
+        """A running actor; raises `ValueError` when there is none."""
+        return find(name)
+
+    def start_group(self, name: str, options: dict[str, Any], **arguments: Any) -> ActorHandle:
+        """A new expert group, or the one that has the name already."""
+        return spawn(ExpertGroup, name, options, **arguments)
+
+    def is_pending(self, actor: ActorHandle) -> bool:
+        """Ray has not found a place for it yet."""
+        return is_pending(actor)
+
+    def draining_nodes(self) -> set[str]:
+        """Ids of nodes that are about to go."""
+        return draining_nodes()
+
+    def kill(self, actor: ActorHandle) -> None:
+        """Ends it; not restarted."""
+        ray.kill(actor)
+
+    def kill_frozen(self, actor: ActorHandle, node: str, pid: int) -> None:
+        """Ends one that may not answer: Ray asks the process to end itself, which a stopped one
+        does not hear."""
+        ray.kill(actor)
+        if node == str(ray.get_runtime_context().get_node_id()):
+            with contextlib.suppress(psutil.Error, ProcessLookupError):
+                if "ExpertGroup" in " ".join(psutil.Process(pid).cmdline()):
+                    os.kill(pid, signal.SIGKILL)
+
+    def close_all(self, actors: list[ActorHandle], patience_s: float) -> None:
+        """Asks all to close, waits for that, and ends them."""
+        refs = [actor.close.remote() for actor in actors]
+        if refs:
+            ray.wait(refs, num_returns=len(refs), timeout=patience_s)
+        for actor in actors:
+            ray.kill(actor)
+
+    def died(self, error: Exception) -> bool:
+        """A call ended like this because its actor did."""
+        return isinstance(error, ray.exceptions.RayActorError)

@@ -1,0 +1,328 @@
+"""The controller's loop on a scripted cluster: each interleaving that matters, without Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors.intent import Pin, drained, pinned, scaled
+from actors.loop import TakenOver
+from placement.errors import DoesNotFit
+from raymoe.config import load_config
+from raymoe.errors import ConfigError
+from tests.actors.fake_cluster import World
+from tests.group.small_model import write_checkpoint
+
+
+def world(tmp_path: Path, groups: Any = 2, slots: int = 8, **placement: Any) -> World:
+    """7 experts in two layers; each group has room for `slots` of them."""
+    spec = write_checkpoint(tmp_path)
+    size = max(spec.expert_bytes)
+    kinds = groups if isinstance(groups, list) else [{"count": groups}]
+    settings = {
+        "model": spec.path,
+        "groups": [{"memory_bytes": slots * size, **kind} for kind in kinds],
+        "placement": {"reserve_experts": 0, "restore_s": 5, **placement},
+    }
+    return World(load_config(None, settings), spec)
+
+
+def scale(w: World, count: int) -> None:
+    with w.loop.lock:
+        cheapest = w.loop.wanted.cheapest_to_give_up()
+        w.loop.wanted.ask(lambda i: scaled(w.config, i, count, None, cheapest))
+
+
+def pin(w: World, layer: int, expert: int, group: str, keep: bool, undo: bool = False) -> None:
+    wanted = Pin(layer=layer, expert=expert, group=group, keep=keep)
+    with w.loop.lock:
+        w.loop.wanted.ask(lambda i: pinned(i, wanted, w.spec.experts_of_layer, undo))
+
+
+def drain(w: World, group: str, undo: bool = False) -> None:
+    with w.loop.lock:
+        w.loop.wanted.ask(lambda i: drained(i, group, undo))
+
+
+def test_a_start_publishes_one_complete_table(tmp_path: Path) -> None:
+    w = world(tmp_path)
+    w.turns()
+    assert w.served() and w.loop.complete()
+    assert all(t.table.resident.any(2).sum() == 7 for t in w.control.tables)
+    assert w.states() == {"g0": "ready", "g1": "ready"}
+    before = len(w.control.tables)
+    w.turns(200)
+    assert len(w.control.tables) == before, "and then it rests"
+
+
+def test_a_group_that_dies_is_left_out_at_once_and_comes_back(tmp_path: Path) -> None:
+    w = world(tmp_path)
+    w.turns()
+    home = w.cluster.of("g1").resident.copy()
+    w.cluster.of("g1").die()
+    w.turns(2)
+    assert not w.control.tables[-1].table.resident[:, :, 1].any()
+    w.turns()
+    assert w.served() and (w.cluster.of("g1").resident == home).all()
+
+
+def test_experts_of_a_group_that_stays_away_are_lent_and_given_back(tmp_path: Path) -> None:
+    w = world(tmp_path, live=False)
+    w.turns()
+    home = w.cluster.of("g0").resident.copy()
+    w.cluster.full = True
+    w.cluster.of("g1").die()
+    w.turns(100)
+    assert w.served(), "g0 serves all of them"
+    assert w.states()["g1"] == "pending"
+    assert "waits for resources" in w.loop.groups["g1"].last_error
+    w.cluster.full = False
+    w.cluster.of("g1").placed = True
+    w.turns(60)
+    assert w.served() and (w.cluster.of("g0").resident == home).all()
+
+
+def test_all_groups_at_once(tmp_path: Path) -> None:
+    w = world(tmp_path, groups=3)
+    w.turns()
+    for group in ("g0", "g1", "g2"):
+        w.cluster.of(group).die()
+    w.turns(60)
+    assert w.served()
+
+
+def test_grow_and_shrink(tmp_path: Path) -> None:
+    w = world(tmp_path)
+    w.turns()
+    scale(w, 4)
+    w.turns(80)
+    assert set(w.states().values()) == {"ready"} and len(w.states()) == 4
+    assert all(w.cluster.of(g).resident.any() for g in ("g2", "g3")), "new groups get their part"
+    assert [s for *_, s in w.cluster.of("g2").brought if s is not None], "copied from others"
+    scale(w, 2)
+    w.turns(80)
+    assert len(w.states()) == 2 and len(w.cluster.living()) == 2
+    assert w.served()
+
+
+def test_too_small_a_rest_is_refused_with_the_bytes(tmp_path: Path) -> None:
+    w = world(tmp_path, slots=4)
+    w.turns()
+    with pytest.raises(DoesNotFit, match="bytes"):
+        drain(w, "g1")
+    with pytest.raises(DoesNotFit, match="bytes"):
+        scale(w, 1)
+    assert not w.loop.wanted.intent.draining
+
+
+def test_drain_ends_the_group_and_undo_brings_it_back(tmp_path: Path) -> None:
+    w = world(tmp_path)
+    w.turns()
+    drain(w, "g1")
+    w.turns()
+    assert w.states() == {"g0": "ready", "g1": "drained"}
+    assert set(w.cluster.living()) == {"g0"} and w.served()
+    w.controller()  # a restart does not start it
+    w.turns()
+    assert w.states()["g1"] == "drained" and set(w.cluster.living()) == {"g0"}
+    drain(w, "g1", undo=True)
+    w.turns(60)
+    assert w.states() == {"g0": "ready", "g1": "ready"} and w.served()
+
+
+def test_a_drain_in_the_middle_of_a_copy_that_is_taken_back(tmp_path: Path) -> None:
+    w = world(tmp_path)
+    w.turns()
+    w.cluster.of("g0").slow_loads = True
+    drain(w, "g1")
+    w.turns(20)
+    assert w.states()["g1"] == "draining" and w.served()
+    drain(w, "g1", undo=True)
+    w.turns(20)
+    w.cluster.of("g0").slow_loads = False
+    w.turns(60)
+    assert w.served() and w.states() == {"g0": "ready", "g1": "ready"}
+    total = sum(int(p.resident.sum()) for p in w.cluster.living().values())
+    assert total >= 7
+
+
+def test_the_target_of_a_copy_dies_in_its_middle(tmp_path: Path) -> None:
+    w = world(tmp_path)
+    w.turns()
+    scale(w, 3)
+    w.turns(2)
+    w.cluster.of("g2").slow_loads = True
+    w.turns(20)
+    w.cluster.of("g2").die()
+    w.turns(60)
+    assert w.served() and w.cluster.of("g2").resident.any()
+
+
+def test_a_source_that_breaks_copies_is_got_round(tmp_path: Path) -> None:
+    w = world(tmp_path)
+    w.turns()
+    scale(w, 3)
+    w.turns(1)
+    w.cluster.of("g2").broken_sources = {"g0", "g1"}
+    w.turns(60)
+    assert w.served() and w.states()["g2"] == "ready"
+    assert {s for *_, s in w.cluster.of("g2").brought} == {None}, "from the checkpoint"
+    assert w.loop.executor.stats.failed > 0
+
+
+def test_a_controller_that_is_killed_in_the_middle_of_growing(tmp_path: Path) -> None:
+    w = world(tmp_path)
+    w.turns()
+    scale(w, 4)
+    w.turns(2)
+    lives = {i: p.incarnation for i, p in w.cluster.living().items()}
+    epoch = w.control.tables[-1].order
+    w.controller()
+    w.turns(80)
+    assert {i: p.incarnation for i, p in w.cluster.living().items()} == lives, "none was ended"
+    assert w.served() and len(w.states()) == 4
+    assert w.control.tables[-1].order > epoch and w.loop.term == 2
+
+
+def test_the_older_of_two_controllers_has_no_say(tmp_path: Path) -> None:
+    w = world(tmp_path)
+    w.turns()
+    old, old_calls = w.loop, w.cluster.calls
+    w.controller()
+    w.turns(60)
+    newest = w.control.tables[-1].order
+    # the old one wakes up, finds that nothing it knows has changed, and means to go on
+    w.cluster.calls = old_calls
+    old.publisher.publish(old.publisher.table, {}, {})  # type: ignore[arg-type]
+    assert w.control.tables[-1].order == newest, "clients keep to the newer term"
+    ref = w.cluster.of("g0").call("drop", ([(0, 0)], old.term))
+    w.cluster.of("g0").answer()
+    assert isinstance(ref.error, ConfigError) and "in charge" in str(ref.error)
+    w.now += 10.0
+    with pytest.raises(TakenOver):
+        old.turn(0.0)
+
+
+def test_a_frozen_group_is_replaced(tmp_path: Path) -> None:
+    w = world(tmp_path)
+    w.turns()
+    w.cluster.of("g0").frozen = True
+    life = w.cluster.of("g0").incarnation
+    w.turns(100)
+    assert w.cluster.of("g0").incarnation > life and w.served()
+
+
+def test_a_node_that_is_about_to_go_is_left_before_it_does(tmp_path: Path) -> None:
+    w = world(tmp_path, slots=4)  # without another group the rest could not hold all
+    w.turns()
+    w.cluster.leaving = {w.cluster.of("g0").node}
+    for _ in range(100):
+        w.turns(1)
+        assert w.served(), "never a moment without an expert"
+    assert set(w.cluster.living()) == {"g1", "g2"}
+    assert w.states() == {"g1": "ready", "g2": "ready"}
+
+
+def test_a_router_that_never_acknowledges_does_not_hold_up_a_drain_for_ever(
+    tmp_path: Path,
+) -> None:
+    w = world(tmp_path, ack_limit_s=10)
+    w.turns()
+    w.control.lagging = True
+    drain(w, "g1")
+    w.turns(12)
+    assert w.states()["g1"] == "draining", "its replicas may still be asked for"
+    w.turns(200)
+    assert w.states()["g1"] == "drained" and w.served()
+
+
+def test_a_start_goes_on_without_groups_that_get_no_resources(tmp_path: Path) -> None:
+    w = world(tmp_path, groups=1, pending_s=30)
+    w.turns(1)
+    w.cluster.full = True
+    scale(w, 2)
+    w.turns(100)
+    assert w.served() and w.states() == {"g0": "ready", "g1": "pending"}
+    fresh = world(tmp_path, pending_s=30)
+    fresh.cluster.of("g1").placed = False
+    fresh.turns(80)
+    assert not fresh.control.tables, "it may still come"
+    fresh.turns(120)
+    assert fresh.served() and fresh.states()["g1"] == "pending"
+
+
+def test_a_group_that_never_starts_fails_the_start(tmp_path: Path) -> None:
+    w = world(tmp_path)
+    for _ in range(120):
+        for name, process in list(w.cluster.processes.items()):
+            if ":g1:" in name:
+                process.die()
+        w.turns(1)
+    assert w.loop.failed is not None and "g1 does not start" in w.loop.failed
+
+
+def test_too_little_memory_is_said(tmp_path: Path) -> None:
+    w = world(tmp_path, slots=2)
+    w.turns()
+    assert w.loop.failed is not None and "bytes" in w.loop.failed
+
+
+def test_autoscaling_within_the_bounds_of_the_kind(tmp_path: Path) -> None:
+    autoscale = {"enabled": True, "up_after_s": 2, "down_after_s": 5, "cool_down_s": 2}
+    kinds = [{"count": 2, "min_count": 2, "max_count": 4}]
+    w = world(tmp_path, groups=kinds, autoscale=autoscale)
+    w.turns()
+    each = np.ones((2, 4), np.int64)
+    each[1, 3] = 0
+    w.control.counts = each * 1_000_000  # a second: far more than any number of groups can do
+    w.turns(160)
+    assert len(w.loop.wanted.intent.active("default")) == 4, w.states()
+    assert w.served() and set(w.states().values()) == {"ready"}
+    w.control.counts = each * 100
+    w.turns(400)
+    assert len(w.states()) == 2 and w.served(), "and back to the fewest allowed"
+
+
+def test_hot_experts_are_replicated_within_seconds_of_a_shift(tmp_path: Path) -> None:
+    w = world(tmp_path, groups=3, slots=5, plan_interval_s=5)
+    w.turns()
+    counts = np.full((2, 4), 1000, np.int64)
+    counts[1, 3] = 0
+    for hot in ((0, 1), (1, 2)):
+        counts_now = counts.copy()
+        counts_now[hot] = 60_000
+        w.control.counts = counts_now
+        w.turns(80)
+        table = w.control.tables[-1].table
+        assert table.resident[hot].sum() > 1, f"{hot} is hot"
+        records = w.loop.history.to_dict(w.loop.mind)["plans"]
+        assert records[0]["reasons"] and records[0]["promised"] is not None
+        assert w.served()
+    assert "relieve" in " ".join(why for why in records[0]["reasons"])
+
+
+def test_pins_and_evictions_hold_until_they_are_undone(tmp_path: Path) -> None:
+    w = world(tmp_path, live=False)
+    w.turns()
+    (home,) = (g for g in ("g0", "g1") if w.cluster.of(g).resident[0, 2])
+    other = "g1" if home == "g0" else "g0"
+    pin(w, 0, 2, home, keep=False)
+    w.turns(60)
+    assert w.cluster.of(home).resident[0, 2], "the only replica stays"
+    pin(w, 0, 2, other, keep=True)
+    w.turns(60)
+    assert w.cluster.of(other).resident[0, 2] and not w.cluster.of(home).resident[0, 2]
+    assert w.served() and "pinned" in w.loop.history.why_of((0, 2, other))[1]
+    w.controller()
+    w.turns(60)
+    assert w.cluster.of(other).resident[0, 2] and not w.cluster.of(home).resident[0, 2]
+    pin(w, 0, 2, other, keep=True, undo=True)
+    with pytest.raises(ConfigError, match="nothing is fixed"):
+        pin(w, 0, 2, other, keep=True, undo=True)
+    with pytest.raises(ConfigError, match="no MoE layer 2"):
+        pin(w, 2, 0, "g0", keep=True)
+    with pytest.raises(ConfigError, match="no expert 3: 0 to 2"):
+        pin(w, 1, 3, "g0", keep=True)
