@@ -1,4 +1,4 @@
-"""The command line: `raymoe serve | status | scale | drain | pin | evict | history | plan | simulate | bench`."""
+"""The command line: `raymoe serve`, what operators ask of it, and `plan`, `simulate`, `bench`."""
 
 from __future__ import annotations
 
