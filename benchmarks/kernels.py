@@ -3,7 +3,7 @@
     python -m benchmarks.kernels [--shape 256x128 1024x1024 ...] [--tokens 1 4 8 16 64]
 
 A group holds 8 experts of 3 layers, cycled so that weights come from memory; every expert of the
-layer gets the same number of tokens. Both kernels take turns within every round; CPU time of this
+layer gets the same number of tokens. The kernels take turns within every round; CPU time of this
 thread, medians, in microseconds a message. "floor" is the larger of the weights' bytes at the
 measured speed of reading memory and the products at the measured speed of a large `torch.mm`.
 """
@@ -21,11 +21,8 @@ import torch
 from benchmarks.report import finish, table
 from raymoe.checkpoint.record import ExpertRecord
 from raymoe.checkpoint.spec import ModelSpec
-from raymoe.experts import panels
-from raymoe.experts.choose import choose_kernels, shape_only
+from raymoe.experts.choose import candidates, choose_kernels, make, shape_only
 from raymoe.experts.kernels import ExpertKernel
-from raymoe.experts.panels import PanelKernel
-from raymoe.experts.plain import PlainKernel
 from raymoe.experts.shard import ExpertShard
 
 EXPERTS = 8
@@ -114,9 +111,8 @@ def main() -> None:
     for shape in arguments.shape:
         hidden, inner = map(int, shape.split("x"))
         spec = spec_of(hidden, inner)
-        kernels: dict[str, ExpertKernel] = {"plain": PlainKernel()}
-        if panels.fits(spec.layer_specs[0]):
-            kernels["panels"] = PanelKernel()
+        names = candidates(spec.layer_specs[0], torch.float32)
+        kernels: dict[str, ExpertKernel] = {name: make(name, torch.float32) for name in names}
         chosen = type(choose_kernels(spec, "cpu", torch.float32)[0]).__name__
         shards = {name: filled(spec, kernel) for name, kernel in kernels.items()}
         for tokens in arguments.tokens:
@@ -127,15 +123,15 @@ def main() -> None:
             results.append({"shape": shape, "tokens": tokens, "floor": floor} | found)
             results[-1]["chosen"] = chosen
     print(f"reading {bytes_per_s / 1e9:.1f} GB/s, products {flop_per_s / 1e9:.0f} GFLOP/s")
-    header = ("shape D x F", "tokens an expert", "floor", "plain", "panels", "ratio", "chosen")
+    header = ("shape D x F", "tokens an expert", "floor", "plain", "panels", "compiled", "chosen")
     print(
         table(
             header,
             [
                 (
                     r["shape"], r["tokens"], round(r["floor"]), round(r["plain"]),
-                    round(r["panels"]) if "panels" in r else "",
-                    f"{r['plain'] / r['panels']:.2f}" if "panels" in r else "", r["chosen"],
+                    *(round(r[name]) if name in r else "" for name in ("panels", "compiled")),
+                    r["chosen"],
                 )
                 for r in results
             ],

@@ -16,7 +16,7 @@ from torch import Tensor
 from raymoe.checkpoint.record import ExpertRecord
 from raymoe.checkpoint.spec import LayerSpec
 from raymoe.experts.activations import join
-from raymoe.experts.scratch import Scratch, Views
+from raymoe.experts.scratch import Scratch, Scratches, Views
 
 Replica = dict[str, Tensor]
 WIDEST = 256
@@ -42,7 +42,7 @@ class PanelKernel:
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         self._dtype = dtype
-        self._scratches: dict[tuple[int, int, bool], Scratch] = {}
+        self._scratches = Scratches(self._scratch)
 
     def prepare(self, layer: LayerSpec, record: ExpertRecord) -> Replica:
         hidden = layer.sources[0].shape[0]
@@ -66,7 +66,7 @@ class PanelKernel:
         token_of_pair: Tensor,
     ) -> Tensor:
         maths = layer.maths
-        scratch = self._scratch(layer, x.shape[1])
+        scratch = self._scratches.of(layer, x.shape[1])
         rows, _, _, _, result = scratch.head(token_of_pair.shape[0])
         torch.index_select(x, 0, token_of_pair, out=rows)  # [P, D]
         for replica, run in zip(replicas, scratch.runs(counts), strict=True):
@@ -84,21 +84,15 @@ class PanelKernel:
         return result
 
     def _scratch(self, layer: LayerSpec, hidden: int) -> Scratch:
-        shape = (hidden, layer.inner, layer.maths.gated)
-        found = self._scratches.get(shape)
-        if found is None:
-            halves = 2 if layer.maths.gated else 1
-            up_panels = layer.inner * halves // panel_width(layer.inner)
-            down_panels = hidden // panel_width(hidden)
+        halves = 2 if layer.maths.gated else 1
+        up_panels = layer.inner * halves // panel_width(layer.inner)
+        down_panels = hidden // panel_width(hidden)
 
-            def cut(buffers: Views, start: int, count: int) -> Views:
-                return _views(buffers, start, count, up_panels, down_panels, halves)
+        def cut(buffers: Views, start: int, count: int) -> Views:
+            return _views(buffers, start, count, up_panels, down_panels, halves)
 
-            found = self._scratches[shape] = Scratch(
-                (hidden, layer.inner * halves, layer.inner, hidden, hidden),
-                self._dtype, "cpu", cut,
-            )  # fmt: skip
-        return found
+        widths = hidden, layer.inner * halves, layer.inner, hidden, hidden
+        return Scratch(widths, self._dtype, "cpu", cut)
 
 
 def _views(

@@ -8,7 +8,7 @@ from torch import Tensor
 from raymoe.checkpoint.record import ExpertRecord
 from raymoe.checkpoint.spec import LayerSpec
 from raymoe.experts.activations import join
-from raymoe.experts.scratch import Scratch, Views
+from raymoe.experts.scratch import Scratch, Scratches, Views
 
 Replica = dict[str, Tensor]
 
@@ -19,7 +19,7 @@ class PlainKernel:
     def __init__(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         self._device = device
         self._dtype = dtype
-        self._scratches: dict[tuple[int, int, bool], Scratch] = {}
+        self._scratches = Scratches(self._scratch)
 
     def prepare(self, layer: LayerSpec, record: ExpertRecord) -> Replica:
         return {
@@ -44,7 +44,7 @@ class PlainKernel:
         token_of_pair: Tensor,
     ) -> Tensor:
         maths = layer.maths
-        scratch = self._scratch(layer, x.shape[1])
+        scratch = self._scratches.of(layer, x.shape[1])
         rows, up, inner, result = scratch.head(token_of_pair.shape[0])
         torch.index_select(x, 0, token_of_pair, out=rows)  # [P, D]
         runs = scratch.runs(counts)
@@ -66,14 +66,8 @@ class PlainKernel:
         return result
 
     def _scratch(self, layer: LayerSpec, hidden: int) -> Scratch:
-        shape = (hidden, layer.inner, layer.maths.gated)
-        found = self._scratches.get(shape)
-        if found is None:
-            up = layer.inner * (2 if layer.maths.gated else 1)
-            found = self._scratches[shape] = Scratch(
-                (hidden, up, layer.inner, hidden), self._dtype, self._device, _rows
-            )
-        return found
+        up = layer.inner * (2 if layer.maths.gated else 1)
+        return Scratch((hidden, up, layer.inner, hidden), self._dtype, self._device, _rows)
 
 
 def _rows(buffers: Views, start: int, count: int) -> Views:

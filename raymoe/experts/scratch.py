@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from raymoe.checkpoint.spec import LayerSpec
+
 Views = tuple[Tensor, ...]
 MOST_VIEWS = 8192
 """Runs remembered before all are forgotten; a view is about 200 bytes."""
@@ -68,3 +70,19 @@ class Scratch:
         )
         self._runs.clear()
         self._heads.clear()
+
+
+class Scratches:
+    """A scratch for each shape of expert that a kernel has met."""
+
+    def __init__(self, make: Callable[[LayerSpec, int], Scratch]) -> None:
+        """`make(layer, hidden)`"""
+        self._make = make
+        self._known: dict[tuple[int, int, bool], Scratch] = {}
+
+    def of(self, layer: LayerSpec, hidden: int) -> Scratch:
+        shape = hidden, layer.inner, layer.maths.gated
+        found = self._known.get(shape)
+        if found is None:
+            found = self._known[shape] = self._make(layer, hidden)
+        return found

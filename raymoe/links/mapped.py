@@ -21,6 +21,29 @@ from raymoe.links.serverlink import ServerLink, Waiting
 from raymoe.links.slots import SlotBook, cut_regions
 
 
+class HeaderReader:
+    """One packet at a time; it must be a header exactly."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.raw = bytearray(HEADER_BYTES + 1)  # one more, to notice a longer packet
+        self._recv_into = sock.recv_into
+
+    def read(self) -> bool:
+        """Whether a header is in `raw` now; False when none has come.
+
+        ConnectionResetError at the end of the stream, FrameError for a packet of another length.
+        """
+        try:
+            got = self._recv_into(self.raw)
+        except BlockingIOError:
+            return False
+        if got == HEADER_BYTES:
+            return True
+        if got == 0:
+            raise ConnectionResetError("it closed the connection")
+        raise FrameError("a packet of wrong length")
+
+
 class MappedLink(SlotBook):
     """The client's end (a Link)."""
 
@@ -36,8 +59,7 @@ class MappedLink(SlotBook):
         sock.setblocking(False)
         self._sock = sock
         self._send = sock.send
-        self._recv_into = sock.recv_into
-        self._in = bytearray(HEADER_BYTES + 1)  # one more, to notice a longer packet
+        self._reader = HeaderReader(sock)
 
     def fileno(self) -> int:
         """The header socket."""
@@ -57,17 +79,13 @@ class MappedLink(SlotBook):
         if self._lost is not None:
             raise self._lost
         try:
-            got = self._recv_into(self._in)
-        except BlockingIOError:
-            return []
-        except OSError as error:
-            raise self._end(f"cannot receive: {error}") from error
-        if got != HEADER_BYTES:
-            raise self._end("it closed the connection" if got == 0 else "a frame of wrong length")
-        try:
-            header, slot, _ = self._expect(self._in)
+            if not self._reader.read():
+                return []
+            header, slot, _ = self._expect(self._reader.raw)
         except FrameError as error:
             raise self._end(f"bad frame: {error}") from error
+        except OSError as error:
+            raise self._end(str(error)) from error
         if slot is None:
             self._ponged(header)
             return []
@@ -102,21 +120,14 @@ class MappedServerLink(ServerLink):
         terms: SlotTerms,
     ) -> None:
         super().__init__(sock, peer, wire, cut_regions(memory, terms))
-        self._in = bytearray(HEADER_BYTES + 1)
-        self._recv_into = sock.recv_into
+        self._reader = HeaderReader(sock)
 
     def on_ready(self, events: int) -> Waiting | None:
         """Read one header."""
-        try:
-            got = self._recv_into(self._in)
-        except BlockingIOError:
+        if not self._reader.read():
             return None
-        if got == 0:
-            raise ConnectionResetError("closed by the peer")
-        if got != HEADER_BYTES:
-            raise FrameError("a packet of wrong length")
         self.heard_s = time.monotonic()
-        header = unpack_header(self._in)
+        header = unpack_header(self._reader.raw)
         call = self.begin(header)
         return None if call is None else Waiting(self, header, call, self.heard_s)
 
