@@ -15,7 +15,8 @@ from tests.e2e.inside import call_controller
 from tests.e2e.streams import Streams
 from tests.e2e.traffic import Client, wait_for
 
-pytestmark = pytest.mark.ray
+# far more than they take: a slow machine waits for what happens, and is not judged by a clock
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 BIBLE = [f"{n} And it came to pass in those days, that" for n in range(4)]
 CODE = [f"def function_{n}(self, argv=None):\n    return" for n in range(4)]
