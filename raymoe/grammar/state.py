@@ -22,6 +22,7 @@ class GrammarState:
     def __init__(self, matcher: Any, vocab: int) -> None:
         self._matcher = matcher
         self._vocab = vocab
+        self._failed: str | None = None
 
     @property
     def ended(self) -> bool:
@@ -31,20 +32,29 @@ class GrammarState:
     @property
     def error(self) -> str | None:
         """Why it can no longer be followed: a token that it does not allow, or its own limits."""
-        if not self._matcher.is_error():
-            return None
+        if self._failed is not None or not self._matcher.is_error():
+            return self._failed
         lines = str(self._matcher.get_error()).strip().splitlines()
         return lines[0] if lines else "the grammar cannot be followed"
 
     def allowed(self) -> Tensor:
-        """Which tokens may come next: bool [V]."""
-        mask = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
+        """Which tokens may come next: bool [V].
+
+        All of them once the library has failed: `error` then says so after the next `take`, and
+        one client's grammar ends one request, not the router's engine.
+        """
+        try:
+            mask = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
+        except Exception as error:  # of the library: any kind
+            self._failed = f"the grammar's library failed: {error!r}"
+            return torch.ones(self._vocab, dtype=torch.bool)
         bits = (mask[:, None] >> _BITS) & 1  # [V / 8 rounded up, 8], lowest bit first
         return bits.view(-1)[: self._vocab].bool()
 
     def take(self, tokens: Sequence[int]) -> None:
         """The output's next tokens; look at `error` afterwards."""
-        self._matcher.consume_tokens(list(tokens))
+        if self._failed is None:
+            self._matcher.consume_tokens(list(tokens))
 
 
 GrammarStart = Callable[[str, Sequence[int]], GrammarState]

@@ -11,7 +11,7 @@ from raymoe.engine.config import EngineConfig
 from raymoe.engine.engine import Engine
 from raymoe.errors import RequestError
 from raymoe.grammar.build import json_schema_grammar, regex_grammar
-from raymoe.grammar.state import GrammarStart
+from raymoe.grammar.state import GrammarStart, GrammarState
 from tests.engine.support import SMALL, prompt, request, run, stock_model
 from tests.gateway.tiny_tokenizer import tiny_tokenizer
 
@@ -99,3 +99,24 @@ def test_refused_where_it_cannot_be_followed(shared: Engine) -> None:
     with pytest.raises(RequestError, match="no grammars"):
         without.add(request("a", (5,), grammar=SCHEMA))
     assert not shared.has_work and not without.has_work
+
+
+def test_a_library_that_fails_ends_one_request(shared: Engine, monkeypatch: Any) -> None:
+    """In the middle of a step, with a neighbour beside it."""
+
+    class Broken:
+        def is_error(self) -> bool:
+            return False
+
+        def is_stopped(self) -> bool:
+            return False
+
+        def compute_bitmask(self) -> bytes:
+            raise MemoryError("no more")
+
+    monkeypatch.setattr(shared, "_grammars", lambda grammar, ids: GrammarState(Broken(), 512))
+    found = run(
+        shared, [request("bad", prompt(5), grammar="x"), request("good", prompt(5), max_tokens=4)]
+    )
+    assert found["bad"].finish == "error" and "no more" in str(found["bad"].error)
+    assert found["good"].finish == "length" and len(found["good"].tokens) == 4
