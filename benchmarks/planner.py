@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from scipy.optimize import linprog
 
-from benchmarks.planning.eplb import eplb, eplb_hierarchical
+from benchmarks.planning.check import check_baseline
+from benchmarks.planning.eplb import eplb
 from benchmarks.planning.loop import Groups
 from benchmarks.planning.score import (
     PAIRS_PER_S,
@@ -80,29 +81,6 @@ def main() -> None:
         results["traces"] = run_traces(args, costs)
     shown = {k: str(v) for k, v in vars(args).items() if k != "traces"}
     finish("planner", shown, results)
-
-
-def check_baseline() -> None:
-    load = np.array(
-        [
-            [90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86],
-            [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27],
-        ],
-        float,
-    )
-    published = [
-        [5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1],
-        [7, 10, 6, 8, 6, 11, 8, 9, 2, 4, 5, 1, 5, 0, 3, 1],
-    ]
-    same = eplb_hierarchical(load, 16, 4, 2, 8).tolist() == published
-    print(f"EPLB's README example: {'reproduced' if same else 'NOT REPRODUCED'}")
-    try:
-        from vllm.distributed.eplb.policy import EPLB_POLICIES  # type: ignore[import-not-found]
-    except ImportError:
-        print("vLLM is not installed here: not checked against its EPLB_POLICIES['default']")
-        return
-    found = EPLB_POLICIES["default"].rebalance_experts(load, 16, 4, 2, 8)[0]
-    print(f"vLLM's default policy: {'equal' if found.tolist() == published else 'DIFFERENT'}")
 
 
 # -- traces ----------------------------------------------------------------------------------
