@@ -25,6 +25,7 @@ from raymoe.checkpoint.families import (
     model_class,
 )
 from raymoe.checkpoint.files import WeightFiles
+from raymoe.checkpoint.overlap import Beside, move_beside
 from raymoe.checkpoint.quantized import from_fp8, scale_key
 from raymoe.checkpoint.sources import targets
 from raymoe.checkpoint.spec import ModelSpec
@@ -162,9 +163,10 @@ def bind(model: Any, spec: ModelSpec, experts: Experts) -> None:
     """Let every MoE layer of `model` call `experts` with its layer number."""
     modules = experts_modules(model)
     assert tuple(modules) == spec.layer_names
+    calls: dict[str, _Call] = {}
     for layer, (name, module) in enumerate(modules.items()):
         kind = _IdentityCall if type(module).__name__ == "LongcatFlashExperts" else _Call
-        call = kind(experts, layer, experts_count(module))
+        call = calls[name] = kind(experts, layer, experts_count(module))
         if is_decorated(module):
             object.__setattr__(module, "_raymoe_call", call)
         elif type(module).__name__ == "Llama4TextExperts":
@@ -174,21 +176,52 @@ def bind(model: Any, spec: ModelSpec, experts: Experts) -> None:
             module.forward = call
     if any(map(is_decorated, modules.values())):
         model.set_experts_implementation(IMPLEMENTATION)
+    for name, call in calls.items():
+        overlap_shared(model.get_submodule(name.rpartition(".")[0]), call, spec.hidden)
+
+
+def overlap_shared(block: nn.Module, call: _Call, width: int) -> None:
+    """Let a block's shared experts, if it has any, be computed while the routed ones are."""
+    experts = call.experts
+
+    def use(beside: Beside | None) -> None:
+        call.beside = beside
+
+    call.experts = _Silent()
+    try:
+        move_beside(block, use, width)
+    finally:
+        call.experts = experts
+
+
+class _Silent:
+    """Experts whose every sum is the token itself."""
+
+    def dispatch(
+        self, layer: int, hidden: Tensor, expert_ids: Tensor, gate_weights: Tensor
+    ) -> Tensor:
+        return hidden
+
+    def combine(self, pending: Tensor) -> Tensor:
+        return pending
 
 
 class _Call:
     """One MoE layer's way to its experts."""
 
     def __init__(self, experts: Experts, layer: int, count: int) -> None:
-        self._experts = experts
+        self.experts = experts
         self._layer = layer
         self._count = count
+        self.beside: Beside | None = None  # computed while the experts are
 
     def __call__(self, hidden: Tensor, expert_ids: Tensor, gate_weights: Tensor) -> Tensor:
         """[..., D], [T, K], [T, K] -> [..., D]; ids past the routed experts mean identity."""
         flat = hidden.reshape(-1, hidden.shape[-1])  # [T, D]
-        pending = self._experts.dispatch(self._layer, flat, expert_ids, gate_weights)
-        return self._experts.combine(pending).view(hidden.shape)
+        pending = self.experts.dispatch(self._layer, flat, expert_ids, gate_weights)
+        if self.beside is not None:
+            self.beside(flat)
+        return self.experts.combine(pending).view(hidden.shape)
 
 
 class _IdentityCall(_Call):
@@ -220,8 +253,10 @@ class _Llama4Forward:
         chosen = scores.gather(1, ids)
         scaled = (hidden.unsqueeze(1) * chosen.unsqueeze(-1)).flatten(0, 1)  # [T*K, D]
         ones = torch.ones(scaled.shape[0], 1, dtype=hidden.dtype, device=hidden.device)
+        made: list[Tensor] = []
+        self._call.beside = lambda _: made.append(block.shared_expert(hidden))
         routed = self._call(scaled, ids.reshape(-1, 1), ones)
-        shared = block.shared_expert(hidden)
+        (shared,) = made
         return shared + routed.view(-1, block.top_k, block.hidden_dim).sum(1), logits
 
 
