@@ -8,7 +8,8 @@ from typing import Any
 
 from raymoe.errors import RequestError
 from raymoe.gateway.calls import ForcedCalls
-from raymoe.gateway.schemas import ChatBody, NamedChoice, SamplingBody
+from raymoe.gateway.fields import NamedChoice
+from raymoe.gateway.schemas import ChatBody, SamplingBody
 from raymoe.gateway.tokenizer import GatewayTokenizer
 from raymoe.grammar.build import (
     call_grammar,
