@@ -52,14 +52,16 @@ def describe(app: FastAPI) -> None:
 def _complete(schema: Schema, components: Schema) -> None:
     models: list[tuple[type[BaseModel], JsonSchemaMode]] = [(one, "validation") for one in _BODIES]
     _, definitions = models_json_schema(models, ref_template=_SCHEMAS + "{model}")
-    for unused in ("HTTPValidationError", "ValidationError"):
+    for unused in ("HTTPValidationError", "ValidationError"):  # FastAPI's own, never given
         components.pop(unused, None)
+    for operations in schema["paths"].values():
+        for operation in operations.values():
+            operation["responses"].pop("422", None)
     components.update(definitions["$defs"])
     components.update(_ANSWERS)
     for path, (answer, statuses) in _ROUTES.items():
         for operation in schema["paths"].get(path, {}).values():
             responses = operation["responses"]
-            responses.pop("422", None)  # FastAPI's own, which is never given
             if answer is None:
                 responses.pop("200", None)
             else:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 from collections import Counter
 from typing import Any
 
@@ -65,3 +67,18 @@ def test_every_answer_is_as_described(mode: GenerationMode) -> None:
         runner.run(http.aclose())
         runner.run(pool.close())
     assert statuses[400] > 10
+
+
+def test_every_reference_leads_somewhere() -> None:
+    """Also with routes that others add."""
+    app = create_app(pool_of([]), tiny_tokenizer(), AppConfig(model_name="tiny"))
+
+    @app.get("/more/{number}")
+    async def more(number: int) -> int:
+        return number
+
+    schema = app.openapi()
+    text = json.dumps(schema)
+    assert '"422"' not in text
+    for name in re.findall(r'"#/components/schemas/([^"]+)"', text):
+        assert name in schema["components"]["schemas"]
