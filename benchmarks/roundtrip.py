@@ -146,13 +146,13 @@ class IdentityShard:
         return []
 
 
-def serve_group(index: int, secret: bytes, pipe: Connection) -> None:
+def serve_group(index: int, secret: bytes, spin_s: float, pipe: Connection) -> None:
     """A group as in the product."""
     torch.set_num_threads(1)
     spec: Any = IdentitySpec()
     shard: Any = IdentityShard()
     group = GroupRuntime(
-        spec, f"g{index}", 1, shard, IDENTITY, secret, node=NODE, config=ServerConfig()
+        spec, f"g{index}", 1, shard, IDENTITY, secret, node=NODE, config=ServerConfig(spin_s=spin_s)
     )
     pipe.send(group.endpoint())
     await_end(pipe)
@@ -477,7 +477,8 @@ def run(args: argparse.Namespace, stack: Processes) -> list[dict[str, Any]]:
     folder = tempfile.mkdtemp(prefix="rt")
     stack.callback(shutil.rmtree, folder, ignore_errors=True)
     most = max(args.groups)
-    endpoints = [spawn(stack, serve_group, index, SECRET) for index in range(most)]
+    spin_s = args.group_spin_us * 1e-6
+    endpoints = [spawn(stack, serve_group, index, SECRET, spin_s) for index in range(most)]
     sockets = [] if "zmq" in args.without else start_zmq(stack, folder, most)
     ray, actors = (None, []) if "ray" in args.without else start_ray(stack, folder, most)
     results = []
@@ -540,6 +541,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--repeat", type=int, default=24, help="round trips a plane and round")
     parser.add_argument("--spin-us", type=float, default=ClientConfig().spin_s * 1e6)
+    parser.add_argument("--group-spin-us", type=float, default=ServerConfig().spin_s * 1e6)
     parser.add_argument("--without", nargs="*", default=[], help="planes to leave out")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -44,6 +44,7 @@ class Batch:
         "mode",
         "open_pairs",
         "out_address",
+        "queued",
         "retry_s",
         "routes",
         "stalled_s",
@@ -91,6 +92,7 @@ class Batch:
         self.deadline_s = float("inf")  # no later than the first deadline of its attempts
         self.abandoned = False
         self.last: Any = None  # the connection asked last, until it has been waited for
+        self.queued = False  # some message has had to wait for a slot
         self._out: torch.Tensor | None = None  # [T, D] float32
         self.out_address = 0
         self._rows: npt.NDArray[np.float32] | None = None  # [P, D], rows mode

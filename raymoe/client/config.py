@@ -20,7 +20,7 @@ class ClientConfig:
     deadline_multiple  of the predicted time; then a group counts as hung
     deadline_floor_s   no deadline is shorter
     first_deadline_s   before anything is known about a group's speed
-    spin_s             how long to poll before sleeping while a batch is out
+    spin_s             how long to poll before sleeping while a batch is out, while that pays
     reconnect_s        first and longest pause between attempts to reach a lost group
     samples            timings kept a group between two `take_timings`
     """

@@ -13,6 +13,7 @@ The lock is held for microseconds, never while waiting.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from functools import partial
@@ -36,6 +37,7 @@ from raymoe.links.connect import connect
 from raymoe.links.handshake import Identity
 from raymoe.links.link import Link
 from raymoe.links.protocol import PARTIAL, ROWS, Wire
+from raymoe.links.spin import Spin
 from raymoe.table import GroupEndpoint, RoutingTable
 
 _HOUSEKEEPING_S = 0.05
@@ -70,6 +72,8 @@ class ExpertClient:
         self._connections = Connections()
         self._patience: dict[str, Patience] = {}
         self._load = Load(0, 0)
+        self._spin = Spin(self.config.spin_s)
+        self._cores = len(os.sched_getaffinity(0))
         self._closed = threading.Event()
         self._dialer = Dialer(
             dial
@@ -223,17 +227,19 @@ class ExpertClient:
 
         It sleeps until the group asked last has answered, when others have too as a rule: being
         woken once a batch and not once a group is worth more than adding a reply early. Not for
-        large batches, and not while messages wait for slots.
+        large batches, and not while pairs wait for a replica or messages for slots.
         """
         connections = self._connections
         poll = connections.wait
-        spin_until = _clock() + self.config.spin_s
-        while True:
-            events = poll(0)
-            if events:
-                return events
-            if _clock() >= spin_until:
-                break
+        # with a group on every core our looking would keep one of them from computing
+        limit_s = self._spin.limit_s() if len(connections.live) < self._cores else 0.0
+        until = _clock() + limit_s
+        while not (events := poll(0)) and _clock() < until:
+            pass
+        if limit_s:
+            self._spin.note(bool(events))
+        if events:
+            return events
         until_s = batch.deadline_s
         if batch.homeless:
             until_s = min(until_s, batch.retry_s)
@@ -241,6 +247,8 @@ class ExpertClient:
         last = batch.last
         if last is not None and batch.tokens <= _FEW_TOKENS and last.attempts and not last.lost:
             batch.last = None  # once: then whoever answers
+            if batch.homeless or batch.queued:
+                return poll(timeout_s)
             if last.sleep(timeout_s):
                 return poll(0)
         return poll(timeout_s)

@@ -138,6 +138,7 @@ class Sender:
         slot = None if connection.waiting else link.acquire()
         if slot is None:
             connection.waiting.append((batch, message, epoch))
+            batch.queued = True
             batch.deadline_s = min(batch.deadline_s, connection.first_deadline_s())
             return
         pairs = message.pair_count

@@ -37,6 +37,7 @@ from raymoe.links.protocol import (
 )
 from raymoe.links.serverconfig import ServerConfig
 from raymoe.links.serverlink import ServerLink, Waiting
+from raymoe.links.spin import Spin
 
 __all__ = ["Bulk", "Server", "ServerConfig"]
 
@@ -83,6 +84,7 @@ class Server:
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll.register(self._wake_fd, select.EPOLLIN)
         self._polling = False  # the compute thread serves the loop
+        self._spin = Spin(self.config.spin_s)
         self._woken = False
         self._closed = False
         self._stopped = threading.Event()
@@ -114,14 +116,17 @@ class Server:
 
     def poll(self, timeout_s: float) -> list[Request]:
         """The next request(s), chosen fairly; [] after `timeout_s`, wake() or stop()."""
-        queue, spin_s = self._queue, self.config.spin_s
+        queue, epoll_poll = self._queue, self._epoll.poll
         self._polling = True
         try:
             now = time.monotonic()
-            deadline, spin_until = now + timeout_s, now + min(spin_s, timeout_s)
-            wait = 0.0 if spin_s or queue.count or self._woken else timeout_s
+            deadline = now + timeout_s
+            waiting = queue.count or self._woken
+            events = [] if waiting or self._stopped.is_set() else self._look(now)
+            wait = 0.0 if waiting or events else timeout_s
             while not self._stopped.is_set():  # stop() waits for us before it closes the epoll
-                events = self._epoll.poll(wait)
+                if not events:
+                    events = epoll_poll(wait)
                 with self._lock:
                     if self._stopped.is_set():
                         break
@@ -134,10 +139,22 @@ class Server:
                 requests = [r for item in chosen if (r := self._checked(item)) is not None]
                 if requests or now >= deadline:
                     return requests
-                wait = 0.0 if queue.count or now < spin_until else deadline - now
+                events = []
+                wait = 0.0 if queue.count else deadline - now
             return []
         finally:
             self._polling = False
+
+    def _look(self, now: float) -> list[tuple[int, int]]:
+        """Spin while that pays; the events that came."""
+        limit_s = self._spin.limit_s()
+        if not limit_s:
+            return []
+        until, epoll_poll = now + limit_s, self._epoll.poll
+        while not (events := epoll_poll(0)) and time.monotonic() < until:
+            continue
+        self._spin.note(bool(events))
+        return events
 
     def _checked(self, item: Waiting) -> Request | None:
         try:

@@ -23,4 +23,4 @@ class ServerConfig:
     max_strangers: int = 16  # unauthenticated connections
     handshake_s: float = 5.0
     lease_s: float = 60.0  # a link silent for so long is closed: clients ping
-    spin_s: float = 0.0  # poll() looks so long before it sleeps; 0 where peers >= cores
+    spin_s: float = 0.0  # poll() looks so long before it sleeps, while that pays; 0: not at all
