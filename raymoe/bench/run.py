@@ -12,6 +12,8 @@ from typing import Any, Protocol
 from raymoe.bench.load import Planned
 from raymoe.bench.sse import BadAnswer, Endpoint, post_events
 
+_AFTER_FAILURE_S = 0.2  # a stream waits: an endpoint that is down is not asked in a tight loop
+
 
 @dataclass(kw_only=True)
 class Record:
@@ -83,7 +85,9 @@ class Run:
 
     async def _stream(self) -> None:
         while (planned := self._next()) is not None:
-            await self._send(planned)
+            record = await self._send(planned)
+            if record.error is not None:
+                await asyncio.sleep(_AFTER_FAILURE_S)
 
     async def _open_loop(self) -> None:
         under_way = set()
@@ -106,7 +110,7 @@ class Run:
         self._sent += 1
         return self._source.next(now)
 
-    async def _send(self, planned: Planned) -> None:
+    async def _send(self, planned: Planned) -> Record:
         now = self.now_s
         late = 0.0 if planned.at_s is None else now - planned.at_s
         record = Record(domain=planned.domain, sent_s=now, late_s=late)
@@ -121,9 +125,12 @@ class Run:
             record.error = str(error)
         except (OSError, asyncio.IncompleteReadError) as error:
             record.error = f"connection: {error or type(error).__name__}"
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            record.error = f"an event that is none: {error!r}"[:300]
         finally:
             record.end_s = self.now_s
             self.running -= 1
+        return record
 
     async def _read(self, planned: Planned, record: Record) -> None:
         path = "/v1/chat/completions" if self._config.chat else "/v1/completions"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import threading
@@ -13,8 +14,11 @@ from typing import Any
 import httpx
 import pytest
 
+from raymoe.bench.load import Planned
+from raymoe.bench.run import Record, Run, RunConfig
 from raymoe.cli import main
 from raymoe.errors import Overloaded
+from tests.bench.test_sse import server
 from tests.gateway.conftest import Served, routers_of, served, wait_for
 from tests.gateway.fakes import FakeRouter
 from tests.gateway.tiny_tokenizer import tiny_tokenizer
@@ -151,3 +155,29 @@ def test_bad_arguments_say_what_to_do(
 def test_no_endpoint_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--url", "http://127.0.0.1:9"]) == 2
     assert "no OpenAI endpoint answers" in capsys.readouterr().err
+
+
+class Twice:
+    """The same request two times."""
+
+    def __init__(self, planned: Planned) -> None:
+        self.left = [planned] * 2
+
+    def next(self, now_s: float) -> Planned | None:
+        return self.left.pop() if self.left else None
+
+
+@pytest.mark.parametrize("event", ["{", "[]", '{"usage": {}}', '{"choices": [1]}', '"x"'])
+def test_a_server_that_talks_nonsense_fails_requests_not_the_run(event: str) -> None:
+    answer = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
+    answer += b"data: " + event.encode() + b"\n\n"
+
+    async def main_() -> list[Record]:
+        async with server(answer) as endpoint:
+            planned = Planned(at_s=None, domain="a", prompt="x", max_tokens=1)
+            source = Twice(planned)
+            return await Run(endpoint, RunConfig(model="m", streams=1), source, lambda: None).run()
+
+    found = asyncio.run(main_())
+    assert len(found) == 2
+    assert all(one.error is not None for one in found)
