@@ -18,7 +18,7 @@ from tests.e2e.traffic import Client
 from tests.k8s.overlays import build, cluster_of
 from tests.k8s.rules_serve import serve_config
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]  # nodes start and end six times
 
 SECRET = "a secret for the tests of the autoscaler"
 AT_LEAST = ["h100", "serving"]  # minReplicas of the overlay
