@@ -63,6 +63,7 @@ class GroupKeeper:
                     group.was_up = True
                 elif not group.draining:
                     self._spawn(group)
+            self._end_strays(alive)
 
     def follow(self, intent: Intent) -> None:
         """The groups there are to be from now on: starts new ones, and those wanted back."""
@@ -110,6 +111,17 @@ class GroupKeeper:
             self._stopping = True
             actors = [g.actor for g in self.groups.values() if g.actor is not None]
         self._cluster.close_all(actors, patience_s=1.5)
+
+    def _end_strays(self, alive: set[str]) -> None:
+        """Lives that an earlier controller had given up but did not come to end."""
+        kept = {group_name(self._config.name, g.id, g.incarnation) for g in self.groups.values()}
+        prefix = group_name(self._config.name, "", 0).removesuffix(":0")
+        for name in sorted(alive - kept):
+            if name.startswith(prefix):
+                try:
+                    self._cluster.kill(self._cluster.find(name))
+                except ValueError:
+                    continue  # it has ended since it was listed
 
     # ---- one group
 

@@ -326,3 +326,16 @@ def test_pins_and_evictions_hold_until_they_are_undone(tmp_path: Path) -> None:
         pin(w, 2, 0, "g0", keep=True)
     with pytest.raises(ConfigError, match="no expert 3: 0 to 2"):
         pin(w, 1, 3, "g0", keep=True)
+
+
+def test_what_an_earlier_controller_did_not_come_to_end_is_ended(tmp_path: Path) -> None:
+    w = world(tmp_path, groups=3)
+    w.turns()
+    stray = w.cluster.of("g2")
+    w.memory.keep_intent(  # the last thing it did
+        {**w.loop.wanted.intent.retired("g2").to_dict(), "configured": {"default": 3}}
+    )
+    w.controller()
+    w.turns(60)
+    assert not stray.alive and w.served()
+    assert set(w.cluster.living()) == {"g0", "g1"} == set(w.states())
