@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import secrets
 from collections.abc import Sequence
@@ -20,11 +21,13 @@ from raymoe.config import DeploymentConfig, read_admin_token, read_secret
 from raymoe.errors import RaymoeError, RouterUnavailable
 from raymoe.gateway import AppConfig, GatewayTokenizer, PoolConfig, RouterPool, create_app
 from raymoe.gateway.admin import add_admin_routes
+from raymoe.gateway.metrics import Registry
 from raymoe.identity import identity_of
 from raymoe.stream.messages import StreamEndpoint
 from raymoe.ui.hub import Hub
 from raymoe.ui.routes import add_page
 
+log = logging.getLogger("raymoe.gateway")
 _ASK_S = 5.0
 
 
@@ -64,6 +67,28 @@ class RouterDirectory:
         return self._known
 
 
+async def serve_rpc(app: FastAPI, config: DeploymentConfig, controller: ControllerProxy) -> None:
+    """gRPC until cancelled; without its packages or port HTTP is served all the same."""
+    try:
+        from raymoe.rpc.server import RpcServer
+
+        host, port = config.gateway.host, config.gateway.grpc_port
+        server = RpcServer(
+            f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
+            app.state.serving,
+            partial(controller.ask, "status"),
+            partial(controller.ask, "placement"),
+            most_bytes=AppConfig.max_body_bytes,
+            shared=config.gateway.count > 1,
+        )
+    except ImportError as e:
+        log.error("no gRPC: %s; install it with pip install 'raymoe[grpc]'", e)
+    except RaymoeError as e:
+        log.error("no gRPC: %s", e)
+    else:
+        await server.run()
+
+
 def gateway_app(config: dict[str, Any], spec_json: str) -> FastAPI:
     """The ASGI application of one gateway replica."""
     checked = DeploymentConfig.model_validate(config)
@@ -82,6 +107,13 @@ def gateway_app(config: dict[str, Any], spec_json: str) -> FastAPI:
     )
     cached = StatusCache(lambda: controller.ask("status"))
     scrapes = Scrapes(secrets.token_hex(8), partial(controller.ask, "exchange"))
+
+    async def beside(own: Registry) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(scrapes.beats(own))
+            if checked.gateway.grpc_port is not None:
+                tasks.create_task(serve_rpc(app, checked, controller))
+
     app = create_app(
         pool,
         GatewayTokenizer.load(spec.path),
@@ -91,7 +123,7 @@ def gateway_app(config: dict[str, Any], spec_json: str) -> FastAPI:
         ),
         placement=lambda: controller.ask("placement"),
         exposition=scrapes.text,
-        alongside=scrapes.beats,
+        alongside=beside,
         degraded=cached.degraded,
     )
 

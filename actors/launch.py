@@ -58,6 +58,8 @@ def launch(
         for folder in remove_leftovers(config.ray.temp_dir):
             say(f"removed {folder}: left by a raymoe serve that was killed")
         check_port_free(config.gateway.host, config.gateway.port)
+        if config.gateway.grpc_port is not None:
+            check_port_free(config.gateway.host, config.gateway.grpc_port)
     say(f"raymoe: {summary}")
     bringing_up = _BringUp(config, spec_json, build, stop)
     bringing_up.start()

@@ -134,6 +134,12 @@ class GatewayConfig(_Checked):
 
     host: str = Field("127.0.0.1", description="address the endpoint listens on")
     port: int = Field(8000, ge=1, le=65535, description="port the endpoint listens on")
+    grpc_port: int | None = Field(
+        None,
+        ge=1,
+        le=65535,
+        description="port for gRPC, on the same address; none: no gRPC (docs/grpc.md)",
+    )
     route_prefix: Annotated[str, AfterValidator(_route)] = Field(
         "/",
         description="path before /v1 and all other routes; several deployments of one cluster "

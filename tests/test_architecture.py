@@ -31,6 +31,7 @@ ALLOWED = {
             "raymoe/cli.py": {"actors", "serve_app"},  # the command line reaches up to everything
             "raymoe/grammar": {"llguidance"},
             "raymoe/ui": {"fastapi", "starlette"},
+            "raymoe/rpc": {"grpc", "grpc_health", "grpc_reflection", "google"},
             "raymoe/plot_plan.py": {"matplotlib"},
             "raymoe/vllm_plugin": {"vllm"},
         },

@@ -88,6 +88,7 @@ def create_app(
         request_timeout_s=config.request_timeout_s,
         max_choices=config.max_choices,
     )
+    app.state.serving = serving  # for the gRPC services beside it
     card = {
         "id": config.model_name,
         "object": "model",

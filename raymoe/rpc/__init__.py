@@ -1,0 +1,1 @@
+"""The gRPC interface: raymoe.proto, the code made of it, the services and their server."""
