@@ -339,3 +339,29 @@ def test_what_an_earlier_controller_did_not_come_to_end_is_ended(tmp_path: Path)
     w.turns(60)
     assert not stray.alive and w.served()
     assert set(w.cluster.living()) == {"g0", "g1"} == set(w.states())
+
+
+def test_an_idle_controller_steps_once_an_interval_also_while_a_copy_takes_long(
+    tmp_path: Path,
+) -> None:
+    w = world(tmp_path)
+    w.turns()
+    steps = 0
+    step = w.loop.mind.step
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        return step(*arguments)
+
+    w.loop.mind.step = counted  # type: ignore[method-assign]
+    w.turns(1000, step_s=0.01)  # every ping that is answered wakes the loop
+    assert steps <= 11
+    w.cluster.of("g0").slow_loads = True
+    drain(w, "g1")
+    w.turns(4)
+    steps = 0
+    w.turns(1000, step_s=0.01)
+    assert w.states()["g1"] == "draining" and steps <= 11
+    pings = sum(1 for ref, _ in w.cluster.calls.pending if not ref.done)  # type: ignore[attr-defined]
+    assert pings <= 2 * 3, "no calls pile up"
