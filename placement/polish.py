@@ -59,6 +59,7 @@ class Polisher:
     room      int64 [G], bytes still free; size int64 [L]
     price     float64 [G], what loading a byte costs; margin: least gain over it, as a part
     allowed   bool [G], groups that may receive replicas
+    node      int [G], given when no change shall bring all copies of an expert onto one node
     """
 
     def __init__(
@@ -74,13 +75,14 @@ class Polisher:
         price: Floats,
         margin: float,
         byte_limit: float = np.inf,
+        node: Ints | None = None,
         held: Held | None = None,
         seed: int = 0,
     ) -> None:
         self.load, self.resident, self.allowed = load, resident, allowed
         self.room, self.size, self.rate, self.base = room, size, rate, base
         self.price, self.margin, self.byte_limit = price, margin, byte_limit
-        self.held = held
+        self.node, self.held = node, held
         self.layers, self.cases, self.experts = load.shape
         self.groups = len(rate)
         self.loaded = 0
@@ -160,6 +162,10 @@ class Polisher:
         valid &= swap | (self.room[target] + freed >= size)
         valid &= another | (source != target)
         price = size * np.where(swap, self.price[target] + self.price[source], self.price[target])
+        if self.node is not None:
+            lost = np.where(another, -1, source)  # another expert's copy leaves nothing behind
+            valid &= ~self._huddled(row, np.where(another, f, e), target, lost)
+            valid &= ~swap | ~self._huddled(row, f, source, target)
         if self.held is not None:
             pinned, barred = self.held.pinned, self.held.barred
             came = np.where(another, f, e)
@@ -174,6 +180,18 @@ class Polisher:
             price=price.astype(np.float64),
             valid=valid,
         )
+
+    def _huddled(self, row: Ints, expert: Ints, came: Ints, left: Ints) -> Bools:
+        """Whether several copies would all be on one node, with one on `came`, none on `left`."""
+        assert self.node is not None
+        after = self.resident[row, expert]  # [N, K, G], a copy
+        n, k = np.indices(expert.shape)
+        after[n, k, came] = True
+        gone = left >= 0
+        after[n[gone], k[gone], left[gone]] = False
+        elsewhere = self.node != self.node[came][..., None]
+        found: Bools = (after.sum(2) > 1) & ~(after & elsewhere).any(2)
+        return found
 
     def _changed(self, tries: _Tries, live: Ints) -> tuple[Ints, Ints]:
         """Host lists of every candidate: hosts [N, K, E, C], copies [N, K, E]."""

@@ -132,6 +132,7 @@ class Problem:
             price=searcher.price,
             margin=_DEAR * searcher.margin,
             byte_limit=searcher.byte_limit - searcher.loaded,
+            node=searcher.node,
             held=dwelling,
         )
         polisher.run(self.config.polish)

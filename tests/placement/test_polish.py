@@ -116,6 +116,22 @@ def test_the_same_input_gives_the_same_plan():
     np.testing.assert_array_equal(*runs)
 
 
+def test_copies_do_not_gather_on_one_node():
+    rng = np.random.default_rng(6)
+    node = np.array([0, 0, 1, 1])
+    resident = np.zeros((3, 10, 4), bool)
+    resident[:, np.arange(10), rng.integers(2, size=10)] = True
+    resident[:, :4, 2] = True  # four experts with a copy on either node
+    for way in (node, None):
+        work = polisher(np.random.default_rng(7), resident.copy(), free=40)
+        work.node = way
+        work.run(25)
+        several = work.resident.sum(2) > 1
+        on = np.stack([work.resident[:, :, node == n].any(2) for n in (0, 1)])
+        apart = on.all(0)[several]
+        assert work.steps and (apart.all() if way is not None else True)
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 def test_one_group_leaves_nothing_to_polish(groups):
     rng = np.random.default_rng(5)
