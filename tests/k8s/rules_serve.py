@@ -127,8 +127,8 @@ def placeable(docs: list[Doc]) -> Iterator[str]:
             continue
         most = one.count
         if isinstance(one, GroupsConfig):
-            if one.max_count is None and settings.placement.autoscale.enabled:
-                yield f"{what}: scaled without max_count, beyond what any pool has"
+            if one.max_count is None:
+                yield f"{what}: could be scaled without max_count beyond what the pool has"
             most = one.max_count or one.count
         used[places[0]] += most * _share(workers(docs)[places[0]], one)
     for name, share in used.items():
