@@ -185,11 +185,11 @@ class Polisher:
         """Whether several copies would all be on one node, with one on `came`, none on `left`."""
         assert self.node is not None
         after = self.resident[row, expert]  # [N, K, G], a copy
-        n, k = np.indices(expert.shape)
-        after[n, k, came] = True
-        gone = left >= 0
-        after[n[gone], k[gone], left[gone]] = False
-        elsewhere = self.node != self.node[came][..., None]
+        np.put_along_axis(after, came[:, :, None], True, 2)
+        n, k = np.nonzero(left >= 0)
+        after[n, k, left[n, k]] = False
+        there: Ints = np.take(self.node, came)  # [N, K]
+        elsewhere = self.node != there[:, :, None]
         found: Bools = (after.sum(2) > 1) & ~(after & elsewhere).any(2)
         return found
 
