@@ -64,7 +64,15 @@ class Batch:
         wire: Wire,
         mode: int,
     ) -> None:
-        """hidden [T, D], expert_ids int64 [T, K], gate_weights [T, K], all in host memory."""
+        """hidden [T, D], expert_ids int64 [T, K], gate_weights [T, K], all in host memory.
+
+        ValueError when their shapes do not fit each other or the wire: C believes them.
+        """
+        if hidden.shape != (len(expert_ids), wire.hidden) or gate_weights.shape != expert_ids.shape:
+            raise ValueError(
+                f"hidden {tuple(hidden.shape)}, expert_ids {tuple(expert_ids.shape)} and "
+                f"gate_weights {tuple(gate_weights.shape)} do not fit rows of {wire.hidden}"
+            )
         self.layer = layer
         self.wire = wire
         self.mode = mode
@@ -75,7 +83,7 @@ class Batch:
         if gate_weights.dtype is not torch.float32:
             gate_weights = gate_weights.float()
         self.hidden = hidden.contiguous()  # [T, D], as it travels
-        self.expert_ids = expert_ids.contiguous()
+        self.expert_ids = expert_ids.to(torch.int64).contiguous()
         self.gate_weights = gate_weights.contiguous()
         self._x: npt.NDArray[Any] | None = None
         self._expert_of_pair: Ints | None = None

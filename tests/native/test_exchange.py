@@ -128,6 +128,16 @@ def compare_sums(
     assert torch.equal(batch.result(), twin.result())
 
 
+@pytest.mark.parametrize("shape", [(2, 4), (3, 5), (3,)])
+def test_a_batch_whose_shapes_do_not_fit_is_refused(shape: tuple[int, ...]) -> None:
+    wire = Wire(hidden=5, dtype="float32")
+    ids = torch.zeros(2, 2, dtype=torch.int64)
+    with pytest.raises(ValueError, match="do not fit rows of 5"):
+        Batch(0, torch.zeros(shape), ids, torch.zeros(2, 2), wire, PARTIAL)
+    with pytest.raises(ValueError, match="do not fit"):
+        Batch(0, torch.zeros(2, 5), ids, torch.zeros(2, 1), wire, PARTIAL)
+
+
 def test_what_cannot_be_cut_is_numpys_and_counts_nothing() -> None:
     functions = native()
     assert functions is not None
