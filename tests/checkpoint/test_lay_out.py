@@ -12,7 +12,7 @@ class Tied(nn.Module):
         self.embed = nn.Embedding(50, 16)
         self.inner = nn.Linear(16, 16)
         self.wide = nn.Linear(16, LARGEST_TURNED // 16 + 1, bias=False)
-        self.half = nn.Linear(16, 16, dtype=torch.bfloat16)
+        self.narrow = nn.Linear(16, 16, dtype=torch.bfloat16)
         self.head = nn.Linear(16, 50, bias=False)
         self.head.weight = self.embed.weight
 
@@ -30,7 +30,7 @@ def test_small_weights_are_stored_the_other_way_round_and_mean_the_same() -> Non
     assert torch.allclose(model(ids), before, atol=1e-5)
     for module in (model.inner, model.head):
         assert module.weight.stride() == (1, module.weight.shape[0])
-    for kept in (model.wide, model.half, model.embed):
+    for kept in (model.wide, model.narrow, model.embed):
         assert kept.weight.is_contiguous()
     assert torch.equal(model.embed.weight, rows)
     assert "head.weight" in model.state_dict()
