@@ -131,14 +131,11 @@ def _experts(view: Mapping[str, Any], columns: int) -> Iterator[str]:
         f"layer {layer['index']} of {view['layer_count']}: experts from left to right, darker is "
         f"more load; balancedness {_number(balanced, 3)}"
     )
-    most = max(
-        (load * max(shares) for load, shares in zip(layer["load"], layer["share"], strict=True)),
-        default=0.0,
-    )
+    rows = list(zip(layer["load"], map(dict, layer["replicas"]), strict=True))
+    most = max((load * share for load, shares in rows for share in shares.values()), default=0.0)
     for g, group in enumerate(layer["groups"]):
         cells = "".join(
-            _cell(load * shares[g], most) if shares[g] > 0 else "·"
-            for load, shares in zip(layer["load"], layer["share"], strict=True)
+            _cell(load * shares[g], most) if g in shares else "·" for load, shares in rows
         )
         room = max(columns - 12, 1)
         for at in range(0, max(len(cells), 1), room):

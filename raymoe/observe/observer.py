@@ -159,13 +159,16 @@ class Observer:
         return {g: round(float(w), 2) for g, w in zip(table.group_ids, work, strict=True)}
 
     def _layer(self, layer: int, with_why: bool) -> dict[str, Any]:
-        """{"groups": ids, "load": pairs/s by expert, "share": [expert][group], 0: no replica}"""
+        """{"groups": ids, "load": pairs/s by expert, "replicas": by expert [[index of its
+        group, share]]}"""
         table, load = self._table, self._load
         if table is None or load is None or not 0 <= layer < len(table.resident):
-            return {"groups": [], "load": [], "share": []}
+            return {"groups": [], "load": [], "replicas": []}
         present = np.flatnonzero(table.copies.any(0) | (load > 0).any(0))
         experts = int(present.max()) + 1 if len(present) else 0
-        share = np.where(table.resident[layer], np.maximum(table.share[layer], 1e-6), 0.0)
+        replicas: list[list[tuple[int, float]]] = [[] for _ in range(experts)]
+        for e, g in np.argwhere(table.resident[layer]).tolist():
+            replicas[e].append((g, round(float(table.share[layer, e, g]), 6)))
         why = {}
         if with_why and self._why is not None:
             for e, g in np.argwhere(table.resident[layer]).tolist():
@@ -175,7 +178,7 @@ class Observer:
             "why": why,
             "groups": list(table.group_ids),
             "load": [round(float(x), 2) for x in load[layer, :experts]],
-            "share": [[round(float(x), 6) for x in row] for row in share[:experts]],
+            "replicas": replicas,
         }
 
     def _take_history(self, history: History) -> None:

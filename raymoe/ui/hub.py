@@ -131,7 +131,7 @@ def _kept(answer: dict[str, Any]) -> dict[str, Any]:
 
 
 def _layer_of(layers: dict[str, Any], layer: int) -> dict[str, Any]:
-    return {"index": layer, **layers.get(str(layer), {"groups": [], "load": [], "share": []})}
+    return {"index": layer, **layers.get(str(layer), {"groups": [], "load": [], "replicas": []})}
 
 
 def _unseen(kept: deque[Any], made: int, seen: int | None) -> list[Any]:

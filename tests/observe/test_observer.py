@@ -164,8 +164,8 @@ def test_loads_by_share_and_balancedness_by_layer() -> None:
     assert rig.observer.layer_balancedness() == {0: 0.75}, "(6 / 2) / (4 / 1); no load, no figure"
     view = rig.observer.view(0, 0.0, [0, 7])
     assert view["layers"]["0"]["load"] == [4.0, 0.0, 1.0, 1.0]
-    assert view["layers"]["0"]["share"][2] == [0.0, 1.0]
-    assert view["layers"]["7"] == {"groups": [], "load": [], "share": []}
+    assert view["layers"]["0"]["replicas"][2] == [(1, 1.0)]
+    assert view["layers"]["7"] == {"groups": [], "load": [], "replicas": []}
     assert view["latency_s"] == {"g0": 0.5}
     assert view["layers"]["0"]["why"] == {}
     told = rig.observer.view(0, 0.0, [0], why=True)["layers"]["0"]["why"]

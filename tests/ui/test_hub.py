@@ -48,7 +48,7 @@ def test_everything_first_then_only_what_is_new() -> None:
         assert [e["text"] for e in first["events"]] == [
             "layer 3 expert 7 added on g0: its load grew"
         ]
-        assert first["layer"]["share"][7][0] == 0.5
+        assert first["layer"]["replicas"][7] == [[0, 0.5], [1, 0.5]]
         second = said(await anext(stream))
         assert not second["full"] and second["events"] == [] and second["history"] == []
         fleet.drop(3, 7, 1)

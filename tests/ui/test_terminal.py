@@ -114,7 +114,7 @@ def test_a_screen_fits_whatever_the_terminal(fleet: FakeFleet) -> None:
                 assert len(lines) <= rows and max(map(len, lines)) <= columns
                 assert lines[-1].startswith("q: end")
     empty = {**view, "history": [], "events": [], "group_load": {}, "layer_balancedness": {}}
-    empty |= {"layer": {"index": 0, "groups": [], "load": [], "share": []}}
+    empty |= {"layer": {"index": 0, "groups": [], "load": [], "replicas": []}}
     empty["status"] = {**view["status"], "groups": [], "routers": [], "balancedness": None}
     assert "  none yet" in screen(empty, (100, 40))
     assert START > 0 and bar(0, 0, 4) == "····" and spark([0, 1, 2]) == " ▄█"

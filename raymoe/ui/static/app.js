@@ -186,6 +186,12 @@ byId("layer-up").addEventListener("click", () => chooseLayer(page.layer + 1));
 function drawHeat(layer) {
   const grid = byId("heat"), experts = layer.load.length, shape = `${layer.groups.join(" ")}|${experts}`;
   if (layer.index !== page.layer) return;
+  // [expert][group], 0 where there is no replica; one that takes nothing yet is here all the same
+  layer.share = layer.replicas.map((list) => {
+    const row = new Array(layer.groups.length).fill(0);
+    for (const [g, share] of list) row[g] = Math.max(share, 1e-6);
+    return row;
+  });
   if (!experts) {
     grid.replaceChildren(element("p", "muted", "no expert has a ready replica yet"));
     page.shown = null;
