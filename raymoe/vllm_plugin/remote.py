@@ -6,7 +6,9 @@ tables arrive and counts leave while the engine's thread waits inside a layer.
 
 from __future__ import annotations
 
+import os
 import re
+import socket
 
 import torch
 from torch import Tensor
@@ -39,7 +41,9 @@ class RemoteExperts:
         """Returns at once; links and tables come in the background."""
         deployment = settings.deployment_config(spec.path)
         identity, secret = identity_of(deployment, spec), read_secret(deployment)
-        name = settings.name if ranks == 1 else f"{settings.name}-{rank}"
+        # two clients of one name would be one to the controller
+        name = settings.name or f"vllm-{socket.gethostname()}-{os.getpid()}"
+        name = name if ranks == 1 else f"{name}-{rank}"
         self.spec, self.settings = spec, settings
         self._rank, self._ranks = rank, ranks
         self._layer_of_block = {_block(n): layer for layer, n in enumerate(spec.layer_names)}

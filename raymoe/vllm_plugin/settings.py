@@ -27,7 +27,9 @@ class PluginSettings(BaseModel):
     node: str = Field(
         "", description="id of this node; groups on the same one are reached by shared memory"
     )
-    name: str = Field("vllm", description="how the engine is called at controller and groups")
+    name: str | None = Field(
+        None, description="how controller and groups call the engine; none: by host and process"
+    )
     secret_file: str | None = Field(None, description="file with the deployment secret")
     wire_dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="dtype of hidden states on the wire, as in the deployment"

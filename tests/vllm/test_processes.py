@@ -41,7 +41,7 @@ def test_two_ranks_in_processes_of_their_own(tmp_path: Path) -> None:
         **options,
         "tensor_parallel_size": 2,
         "load_format": "raymoe",
-        "additional_config": {"raymoe": fleet.settings(tmp_path / "secret")},
+        "additional_config": {"raymoe": fleet.settings(tmp_path / "secret", name="engine")},
     }
     environment = {
         **os.environ,
@@ -64,7 +64,7 @@ def test_two_ranks_in_processes_of_their_own(tmp_path: Path) -> None:
         made = [Text(ids=tuple(ids), leads=()) for ids in json.loads(line)]
         assert differences(reference, made) == []
         reports = {r.name: r for r in fleet.control.take_reports()}
-        assert sorted(reports) == ["vllm-0", "vllm-1"]
+        assert sorted(reports) == ["engine-0", "engine-1"]
         assert all(report.counts is not None for report in reports.values())
     finally:
         if process.poll() is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def test_the_ranks_slices_add_up(fleet: Fleet, tmp_path: Path) -> None:
     ranks = [RemoteExperts(fleet.spec, settings, rank=rank, ranks=3) for rank in range(3)]
     alone = RemoteExperts(fleet.spec, settings)
     try:
-        fleet.wait_until_used()
+        wait_for_clients(fleet, 4)  # no two of one name
         draw = torch.Generator().manual_seed(1)
         for tokens in (7, 3, 1):
             x = torch.randn(tokens, fleet.spec.hidden, generator=draw)
@@ -46,6 +47,14 @@ def test_the_ranks_slices_add_up(fleet: Fleet, tmp_path: Path) -> None:
         for remote in (*ranks, alone):
             remote.close()
             remote.close()  # again does no harm
+
+
+def wait_for_clients(fleet: Fleet, count: int) -> None:
+    end = time.monotonic() + 60
+    while len(fleet.control.acknowledged()) < count:
+        assert time.monotonic() < end, fleet.control.acknowledged()
+        time.sleep(0.01)
+    fleet.wait_until_used()
 
 
 def test_layers_go_by_the_number_of_their_block(fleet: Fleet, tmp_path: Path) -> None:
