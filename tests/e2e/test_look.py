@@ -17,6 +17,8 @@ pytestmark = pytest.mark.ray
 
 
 def test_status_json(deployment: Deployment) -> None:
+    # a controller that has just been restarted hears of the routers within a beat of each
+    assert wait_for(lambda: len(deployment.get("/status")["routers"]) == 2, 60)
     done = run_raymoe("status", "--json", "--port", str(deployment.port))
     assert done.returncode == 0, done.stderr
     status = json.loads(done.stdout)
