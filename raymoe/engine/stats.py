@@ -27,7 +27,10 @@ class EngineStats:
         self, plan: StepPlan, *, begin: float, planned: float, computed: float, done: float
     ) -> None:
         self.steps += 1
-        self.decode_tokens += len(plan.decode)
+        # This step's own token is among the output: with no other, it was the end of a prompt.
+        decoded = sum(one.output_tokens > 1 for one in plan.decode)
+        self.decode_tokens += decoded
+        self.prefill_tokens += len(plan.decode) - decoded
         self.prefill_tokens += sum(tokens for _, tokens in plan.prefill)
         self.plan_s += planned - begin
         self.forward_s += computed - planned

@@ -501,7 +501,7 @@ def test_timings_are_handed_over_once() -> None:
         client.close()
 
 
-def wait_until(condition: Any, limit_s: float = 5.0) -> None:
+def wait_until(condition: Any, limit_s: float = 30.0) -> None:
     end = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < end
