@@ -7,6 +7,7 @@ import contextlib
 import os
 import select
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -190,6 +191,8 @@ def _keys() -> Iterator[int]:
     import termios
     import tty
 
+    # Ctrl-C ends it also where whoever started us ignores the signal, as shells do for jobs.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     fd = sys.stdin.fileno()
     before = termios.tcgetattr(fd)
     try:

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -140,6 +141,8 @@ def test_top_ends_on_a_key_and_leaves_the_terminal_as_it_was(port: str, key: byt
         if not pressed and b"q: end" in seen:
             os.write(fd, key)
             pressed = True
+    else:
+        os.kill(pid, signal.SIGKILL)  # it would wait for somebody to read
     assert pressed, seen
     _, status = os.waitpid(pid, 0)
     os.close(fd)
