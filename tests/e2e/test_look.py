@@ -110,8 +110,15 @@ def test_the_page_its_events_and_the_terminal(deployment: Deployment) -> None:
 
 
 def test_bytes_are_those_of_the_replicas(deployment: Deployment) -> None:
-    """A router holds no expert: together the groups hold every expert's bytes, hot ones twice."""
-    status = deployment.get("/status")
+    """A router holds no expert: together the groups hold every expert's bytes, hot ones twice.
+
+    While the controller moves some, bytes and replicas are not of one moment: it is asked again.
+    """
     expert_bytes = 4 * 3 * 256 * 128  # float32 gate, up and down projections
-    total = sum(group["resident_bytes"] for group in status["groups"])
-    assert total == expert_bytes * sum(group["replicas"] for group in status["groups"])
+
+    def agree() -> bool:
+        groups = deployment.get("/status")["groups"]
+        total = sum(group["resident_bytes"] for group in groups)
+        return bool(total == expert_bytes * sum(group["replicas"] for group in groups))
+
+    assert wait_for(agree, 60), deployment.get("/status")["groups"]

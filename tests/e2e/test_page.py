@@ -43,6 +43,7 @@ def test_the_page_shows_a_death_and_replicas_that_come_as_it_happens(
             until(page, f"{events}.includes('group {victim['id']} was lost')")
             until(page, f"{ready} === 3 && {events}.includes('removed from {victim['id']}')")
             until(page, f"{events}.split('replicas added on {victim['id']}').length > {seen}")
-        until(page, "/[1-9]/.test(document.getElementById('tile-tokens').textContent)")
+        with Wave(Client(deployment), [f"{n} Lo" for n in range(4)], 600):
+            until(page, "/[1-9]/.test(document.getElementById('tile-tokens').textContent)")
         until(page, f"!{events}.includes('undefined')")
         assert complaints == []

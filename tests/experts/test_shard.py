@@ -234,13 +234,15 @@ def test_experts_come_and_go_while_a_thread_computes() -> None:
     thread.start()
     done = missed = 0
     out = torch.empty(4, 32)
+    deadline = time.monotonic() + 120
     try:
-        while (done < 200 or missed < 50) and rounds[0] < 200_000:
+        while (done < 200 or missed < 50) and time.monotonic() < deadline:
             out.fill_(torch.nan)
             missing = shard.compute(0, x, expert_ids, counts, token_of_pair, weights, out)
             if missing:
                 assert set(missing) <= {1, 3}
                 missed += 1
+                time.sleep(0.0005)  # a miss costs no product: without it the other thread starves
             else:
                 assert torch.equal(out, truth)
                 done += 1
