@@ -124,6 +124,15 @@ CLUSTER: list[tuple[Mistake, str]] = [
     (lambda d: workers(d)["experts"]["rayStartParams"].update(labels="a=b"), "labels"),
     (lambda d: workers(d)["experts"]["rayStartParams"].update({"num-cpus": "1"}), "both in"),
     (lambda d: template(d, "experts").update(restartPolicy="Always"), "restartPolicy"),
+    (
+        lambda d: workers(d)["experts"]["rayStartParams"].update({"object-store-mem": "1"}),
+        "no option --object-store-mem",
+    ),
+    (lambda d: variable(d, "RAY_worker_niceness").update(name="RAY_nice"), "no variable RAY_nice"),
+    (
+        lambda d: main(d)["env"].append({"name": "RAY_SERVE_ENABLE_HA_PROXI", "value": "1"}),
+        "no variable RAY_SERVE_ENABLE_HA_PROXI",
+    ),
     (lambda d: workers(d)["experts"].update(minReplicas=9), "minReplicas"),
     (lambda d: cluster_of(d)["authOptions"].update(mode="disabled"), "authentication"),
     (lambda d: cluster_of(d).update(enableInTreeAutoscaling=False), "autoscaler"),

@@ -5,8 +5,12 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 
+import ray
 from packaging.requirements import Requirement
+from ray.scripts.scripts import start
 
 from tests.k8s.overlays import ROOT, Doc, cluster_of, of_kind, pods, workers
 
@@ -114,4 +118,39 @@ def head_can_be_lost(docs: list[Doc]) -> Iterator[str]:
         yield "the password of Redis must come from a Secret"
 
 
-RULES = (versions_agree, operator_takes_it, scales, upgrades, head_can_be_lost)
+@cache
+def _ray_reads(name: str) -> bool:
+    """Whether the installed Ray's own code names this variable."""
+    if f'"{name}"' in _ray_sources():
+        return True
+    # What is set by RayConfig is only a name in the compiled servers.
+    return re.search(rb"\b%b\b" % name.removeprefix("RAY_").encode(), _gcs_server()) is not None
+
+
+@cache
+def _ray_sources() -> str:
+    folders = ("_private", "_common", "serve/_private")
+    files = [f for folder in folders for f in (Path(ray.__file__).parent / folder).rglob("*.py")]
+    return "\n".join(file.read_text() for file in files)
+
+
+@cache
+def _gcs_server() -> bytes:
+    return (Path(ray.__file__).parent / "core/src/ray/gcs/gcs_server").read_bytes()
+
+
+def ray_knows(docs: list[Doc]) -> Iterator[str]:
+    """Variables and parameters that Ray would ignore, or refuse when the pod starts."""
+    options = {name.removeprefix("--") for option in start.params for name in option.opts}
+    cluster = cluster_of(docs)
+    for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
+        for name in set(group.get("rayStartParams", {})) - options:
+            yield f"{group.get('groupName', 'head')}: `ray start` has no option --{name}"
+    for pod in pods(docs):
+        for variable in pod.main.get("env", []) if pod.ray else []:
+            name = variable["name"]
+            if name.startswith("RAY_") and not _ray_reads(name):
+                yield f"{pod.owner}: Ray reads no variable {name}"
+
+
+RULES = (versions_agree, operator_takes_it, ray_knows, scales, upgrades, head_can_be_lost)
