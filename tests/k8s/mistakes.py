@@ -36,6 +36,11 @@ def named(docs: list[Doc], kind: str, name: str) -> Doc:
     return found
 
 
+def spread(docs: list[Doc], group: str) -> list[Doc]:
+    found: list[Doc] = template(docs, group)["topologySpreadConstraints"]
+    return found
+
+
 def variable(docs: list[Doc], name: str, group: str = "experts") -> Doc:
     (found,) = [v for v in main(docs, group)["env"] if v["name"] == name]
     entry: Doc = found
@@ -196,8 +201,34 @@ SERVE: list[tuple[Mistake, str]] = [
     ),
     (in_config("device: cuda", "device: cpu"), "groups on cpu"),
     (lambda d: workers(d)["experts"]["labels"].update({"raymoe-pool": "x"}), "nothing is ever"),
+    (
+        in_config("count: 2\n        num_cpus", "count: 1\n        num_cpus"),
+        "Router: two are needed",
+    ),
+    (
+        in_config("Gateway\n        max_replicas_per_node: 1", "Gateway"),
+        "Gateway: two are needed, on two pods",
+    ),
+    (in_config("survive: group", "survive: none"), "leaves no room"),
+    (in_config("min_count: 3", "min_count: 1"), "none beside one"),
+    (
+        lambda d: d.remove(named(d, "PodDisruptionBudget", "raymoe-experts")),
+        "pods of experts: no PodDisruptionBudget",
+    ),
 ]
 OBJECTS: list[tuple[Mistake, str]] = [
+    (
+        lambda d: spread(d, "experts")[0]["labelSelector"]["matchLabels"].update(a="b"),
+        "does not count them",
+    ),
+    (lambda d: spread(d, "serving")[0].pop("matchLabelKeys"), "with the old cluster"),
+    (lambda d: spread(d, "serving")[0].pop("minDomains"), "on one node"),
+    (lambda d: template(d, "experts").pop("topologySpreadConstraints"), "may share one node"),
+    (lambda d: spread(d, "serving").pop(0), "share one node"),
+    (
+        lambda d: spread(d, "serving")[0].update(whenUnsatisfiable="ScheduleAnyway", minDomains=2),
+        "minDomains|all gateways",
+    ),
     (
         lambda d: named(d, "PodMonitor", "raymoe")["spec"]["selector"]["matchLabels"].update(a="b"),
         "PodMonitor raymoe: selects no pod",

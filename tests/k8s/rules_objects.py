@@ -85,6 +85,28 @@ def evictable(docs: list[Doc]) -> Iterator[str]:
             yield f"{name}: allows no eviction at all"
 
 
+def spread_out(docs: list[Doc]) -> Iterator[str]:
+    """Constraints count a cluster's own pods; what a budget protects is on several nodes."""
+    names: dict[str, set[tuple[str, str]]] = {}
+    for pod in pods(docs):
+        for one in pod.spec.get("topologySpreadConstraints", []):
+            if pod not in _selected(docs, one["labelSelector"]):
+                yield f"{pod.owner}: a spread constraint that does not count them"
+            if one.get("matchLabelKeys") != ["ray.io/cluster"]:
+                yield f"{pod.owner}: spread together with the old cluster of an upgrade"
+            if one["whenUnsatisfiable"] == "DoNotSchedule" and one.get("minDomains", 1) < 2:
+                yield f"{pod.owner}: all may be put on one node"
+            names.setdefault(pod.owner, set()).add((one["topologyKey"], one["whenUnsatisfiable"]))
+    for budget in of_kind(docs, "PodDisruptionBudget"):
+        for pod in _selected(docs, budget["spec"]["selector"]):
+            keys = {key for key, _ in names.get(pod.owner, set())}
+            if "kubernetes.io/hostname" not in keys:
+                yield f"{pod.owner}: a budget protects them, but they may share one node"
+            serving = pod.labels["app.kubernetes.io/component"] == "serving"
+            if serving and ("kubernetes.io/hostname", "DoNotSchedule") not in names[pod.owner]:
+                yield f"{pod.owner}: one node lost could be all gateways"
+
+
 def least_rights(docs: list[Doc]) -> Iterator[str]:
     """Accounts without rights of their own, all of them there; secrets by the names told."""
     for kind in ("Role", "RoleBinding", "ClusterRole", "ClusterRoleBinding"):
@@ -133,4 +155,4 @@ def one_namespace(docs: list[Doc]) -> Iterator[str]:
             yield f"{doc['kind']} {doc['metadata']['name']}: in another namespace"
 
 
-RULES = (select_something, shut, evictable, least_rights, one_namespace)
+RULES = (select_something, shut, evictable, spread_out, least_rights, one_namespace)

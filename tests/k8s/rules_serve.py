@@ -172,4 +172,27 @@ def _share(group: Doc, one: GroupsConfig | RoutersConfig | GatewayConfig) -> flo
     return max(amount / offers[name] for name, amount in _asks(one).items())
 
 
-RULES = (serve_takes_it, reachable, lasts, placeable)
+def survives(docs: list[Doc]) -> Iterator[str]:
+    """Where the head's state outlives it, everything else is there twice, on pods of their own."""
+    (service,) = of_kind(docs, "RayService")
+    if "gcsFaultToleranceOptions" not in service["spec"]["rayClusterConfig"]:
+        return
+    settings = settings_of(docs)
+    overrides = serve_config(docs)["applications"][0].get("deployments", [])
+    a_node = {d["name"]: d.get("max_replicas_per_node") for d in overrides}
+    for name, count in (("Router", settings.routers.count), ("Gateway", settings.gateway.count)):
+        if count < 2 or a_node.get(name) != 1:
+            yield f"{name}: two are needed, on two pods (max_replicas_per_node: 1)"
+    if settings.placement.survive == "none":
+        yield "placement.survive: the plan leaves no room for what a lost group held"
+    for kind in settings.groups:
+        if kind.min_count < 2:
+            yield f"groups of kind {kind.kind}: min_count leaves none beside one that is lost"
+    protected = [b["spec"]["selector"]["matchLabels"] for b in of_kind(docs, "PodDisruptionBudget")]
+    for pod in pods(docs):
+        covered = any(wanted.items() <= pod.labels.items() for wanted in protected)
+        if pod.ray and pod.labels["app.kubernetes.io/component"] != "head" and not covered:
+            yield f"{pod.owner}: no PodDisruptionBudget"
+
+
+RULES = (serve_takes_it, reachable, lasts, placeable, survives)
