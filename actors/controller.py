@@ -24,6 +24,7 @@ from actors.loop import ControlLoop
 from actors.memory import Memory
 from actors.spawn import controller_name, find, spawn
 from actors.views import balancedness, group_row, placement_view, router_rows
+from placement.dry_run import Question, dry_run
 from placement.errors import PlacementError
 from raymoe.checkpoint.spec import ModelSpec
 from raymoe.config import DeploymentConfig, read_secret
@@ -57,6 +58,7 @@ class PlacementController:
         self._lock = self._loop.lock
         self._ledger = Ledger(time.monotonic(), restarted=self._loop.term > 1)
         self._observer = Observer()
+        self._weighing = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
         self._thread.start()
@@ -178,6 +180,25 @@ class PlacementController:
         pin = Pin(layer=layer, expert=expert, group=group, keep=keep)
         known = self._spec.experts_of_layer
         return self._ask(lambda intent: pinned(intent, pin, known, undo))
+
+    def dry_run(self, question: dict[str, Any]) -> dict[str, Any]:
+        """Would moving help? What `placement.dry_run` says, or {"error"}; nothing changes.
+
+        One at a time: planning takes CPU that this process has other uses for.
+        """
+        if not self._weighing.acquire(blocking=False):
+            return {"error": "another dry run is under way: ask again when it has ended"}
+        try:
+            with self._lock:
+                basis = self._loop.basis()
+            if basis is None:
+                return {"error": "no expert is placed yet: the deployment is still starting"}
+            without = tuple(question.pop("without", ()))
+            return dry_run(basis, Question(**question, without=without))
+        except PlacementError as e:
+            return {"error": str(e)}
+        finally:
+            self._weighing.release()
 
     def _ask(self, change: Callable[[Intent], Intent]) -> dict[str, Any]:
         with self._lock:

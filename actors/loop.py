@@ -24,6 +24,7 @@ from actors.starting import failing, may_place, spec_of
 from actors.traffic import Behind, Traffic
 from actors.wanted import Wanted
 from placement.actions import Publish, Retire, Snapshot
+from placement.dry_run import Basis
 from placement.errors import PlacementError
 from placement.reconcile import Reconciler
 from raymoe.checkpoint.spec import ModelSpec
@@ -109,6 +110,10 @@ class ControlLoop:
     def stop(self) -> None:
         """Ends every group."""
         self.keeper.stop()
+
+    def basis(self) -> Basis | None:
+        """What a plan made now would start from; None before the first placement."""
+        return self.mind.basis(self._clock()) if self._placed else None
 
     def _step(self, now: float) -> None:
         snapshot = self._observe(now)

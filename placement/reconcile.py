@@ -19,6 +19,7 @@ from placement.autoscale import Autoscaler
 from placement.complete import complete
 from placement.converge import Converger
 from placement.copies import with_copies
+from placement.dry_run import Basis
 from placement.dwell import Dwell, Held
 from placement.elastic import Elastic
 from placement.errors import PlacementError
@@ -112,6 +113,27 @@ class Reconciler:
         """Take over a placement made elsewhere (at start, by an operator)."""
         self._target, self._fleet = target, fleet
         self.converger.new_target()
+
+    def basis(self, now: float) -> Basis | None:
+        """What a plan made now would start from (`placement.dry_run`); None before a start."""
+        fleet, target = self._fleet, self._target
+        if fleet is None or target is None or self._traffic is None:
+            return None
+        forecast = self._traffic.forecaster.forecast()
+        measured = bool(forecast.load.any())
+        shape = target.resident.shape
+        pinned, barred = (masks(cells, shape, fleet.ids) for cells in self._pins)
+        limits = self.config.plan
+        return Basis(
+            fleet=fleet,
+            target=target,
+            forecast=forecast if measured else _uniform(fleet, shape[1]),
+            measured=measured,
+            staying=np.array([group not in self._draining for group in fleet.ids]),
+            limits=replace(limits, margin=limits.margin * self.caution),
+            mode=self.config.mode,
+            held=held_too(self._dwell.held(shape, fleet.ids, now), pinned, barred),
+        )
 
     def step(self, snapshot: Snapshot, now: float) -> list[Action]:
         """The next actions. The same snapshot twice gives the same actions."""

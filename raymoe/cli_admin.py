@@ -1,4 +1,4 @@
-"""`raymoe scale | drain | pin | evict | history`: what operators ask of a running deployment."""
+"""`raymoe scale | drain | pin | evict | dry-run | history`: what operators ask of a deployment."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from raymoe.errors import ConfigError
 
 
 def add_admin_parsers(commands: Any) -> None:
-    """Adds the three commands."""
+    """Adds these commands."""
     scale = commands.add_parser("scale", help="change how many expert groups serve")
     scale.add_argument("--groups", type=int, required=True, help="how many shall serve")
     scale.add_argument("--kind", help="of this kind (needed when there are several)")
@@ -36,6 +36,19 @@ def add_admin_parsers(commands: Any) -> None:
         pin.add_argument("--undo", action="store_true", help="let the planner decide again")
         _add_common(pin)
         pin.set_defaults(run=_pin, path=f"/{name}")
+
+    dry = commands.add_parser(
+        "dry-run", help="would moving help? the plan that would be made now; nothing changes"
+    )
+    dry.add_argument("--horizon-s", type=float, metavar="S", help="copies must pay within this")
+    dry.add_argument("--margin", type=float, metavar="PART", help="least gain over the price")
+    dry.add_argument("--interval-bytes", type=int, metavar="N", help="most bytes to copy")
+    dry.add_argument(
+        "--without", action="append", default=[], metavar="GROUP", help="as if it were drained"
+    )
+    dry.add_argument("--json", action="store_true", help="print the answer as JSON")
+    _add_address(dry)
+    dry.set_defaults(run=_dry_run)
 
     history = commands.add_parser("history", help="show what the planner did, and why")
     history.add_argument("--json", action="store_true", help="print one JSON object")
@@ -81,6 +94,19 @@ def _show(args: argparse.Namespace, answer: dict[str, Any]) -> int:
         where = "stays on" if pin["keep"] else "stays off"
         print(f"layer {pin['layer']} expert {pin['expert']} {where} {pin['group']}")
     print("see `raymoe status` for how far it is")
+    return 0
+
+
+def _dry_run(args: argparse.Namespace) -> int:
+    named = ("horizon_s", "margin", "interval_bytes")
+    body = {name: getattr(args, name) for name in named if getattr(args, name) is not None}
+    answer = _post(args, "/placement/dry-run", {**body, "without": args.without})
+    if args.json:
+        print(json.dumps(answer))
+        return 0
+    print(answer["answer"])
+    for reason in answer["reasons"]:
+        print(f"  {reason}")
     return 0
 
 

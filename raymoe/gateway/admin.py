@@ -1,4 +1,4 @@
-"""Routes for operators: change how many groups there are, empty one, see the history of plans.
+"""Routes for operators: how many groups there are, empty one, fix a replica, try and see plans.
 
 With a token set, whoever changes something must show it (`Authorization: Bearer TOKEN`); reading
 needs none.
@@ -12,65 +12,52 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
+from raymoe.gateway.admin_bodies import DrainBody, DryRunBody, PinBody, ScaleBody
 from raymoe.gateway.errors import ApiError
+from raymoe.gateway.openapi import body_of
 
 Ask = Callable[..., Awaitable[Any]]
 _MOST_BYTES = 4096
 
 
-class ScaleBody(BaseModel):
-    """So many groups of a kind are to serve."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    groups: int = Field(ge=0, le=4096)
-    kind: str | None = None
-
-
-class DrainBody(BaseModel):
-    """Empty a group and end it, or have it back."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    group: str
-    undo: bool = False
-
-
-class PinBody(BaseModel):
-    """A replica is to be on a group, or is not to be; or nothing is said of it any more."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    layer: int = Field(ge=0)
-    expert: int = Field(ge=0)
-    group: str
-    undo: bool = False
-
-
 def add_admin_routes(app: FastAPI, ask: Ask, token: str | None) -> None:
     """`ask(method, *arguments)` reaches the controller; its answers may hold an "error"."""
 
-    @app.post("/scale")
+    @app.post("/scale", openapi_extra=body_of(ScaleBody))
     async def scale(request: Request) -> Response:
+        """So many groups of a kind are to serve."""
         body = await _read(request, ScaleBody, token)
         return _answer(await ask("scale", body.groups, body.kind))
 
-    @app.post("/drain")
+    @app.post("/drain", openapi_extra=body_of(DrainBody))
     async def drain(request: Request) -> Response:
+        """Empty a group and end it; with `undo` have it back."""
         body = await _read(request, DrainBody, token)
         return _answer(await ask("drain", body.group, body.undo))
 
-    @app.post("/pin")
+    @app.post("/pin", openapi_extra=body_of(PinBody))
     async def pin(request: Request) -> Response:
+        """Keep a replica on a group; with `undo` let the planner decide again."""
         body = await _read(request, PinBody, token)
         return _answer(await ask("pin", body.layer, body.expert, body.group, True, body.undo))
 
-    @app.post("/evict")
+    @app.post("/evict", openapi_extra=body_of(PinBody))
     async def evict(request: Request) -> Response:
+        """Keep a replica off a group while another serves; with `undo` no more."""
         body = await _read(request, PinBody, token)
         return _answer(await ask("pin", body.layer, body.expert, body.group, False, body.undo))
 
+    @app.post("/placement/dry-run", openapi_extra=body_of(DryRunBody))
+    async def dry_run(request: Request) -> Response:
+        """Would moving help? The plan that would be made now; nothing changes."""
+        body = await _read(request, DryRunBody, None)
+        return _answer(await ask("dry_run", body.model_dump()))
+
     @app.get("/placement/history")
     async def history() -> Response:
+        """The last plans, newest first: trigger, actions, what they promised and brought."""
         return JSONResponse(await ask("history"))
 
 

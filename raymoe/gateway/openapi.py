@@ -9,20 +9,27 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
+from raymoe.gateway.admin_bodies import DrainBody, DryRunBody, PinBody, ScaleBody
 from raymoe.gateway.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 
 Schema = dict[str, Any]
 _SCHEMAS = "#/components/schemas/"
 _BODIES = (CompletionBody, ChatBody, TokenizeBody, DetokenizeBody)
+_ADMIN_BODIES = (ScaleBody, DrainBody, PinBody, DryRunBody)
 _SAYS = {
     400: "A field has a value that cannot be served; `param` names it",
+    401: "The admin token is missing or wrong: Authorization: Bearer TOKEN",
     404: "No such model or path",
+    409: "It cannot be done; the sentence says why",
     413: "The body is too large",
+    415: "The body is not JSON",
     429: "Too many requests are in flight; Retry-After says when to try again",
     503: "No router can be reached, or the generation failed",
     504: "The request took longer than allowed",
 }
 _GENERATES = (400, 404, 413, 429, 503, 504)
+_ADMIN = (400, 401, 409, 413, 415, 503)
+_CHANGES = ("scale", "drain", "pin", "evict")
 
 
 def body_of(model: type[BaseModel]) -> Schema:
@@ -50,7 +57,9 @@ def describe(app: FastAPI) -> None:
 
 
 def _complete(schema: Schema, components: Schema) -> None:
-    models: list[tuple[type[BaseModel], JsonSchemaMode]] = [(one, "validation") for one in _BODIES]
+    models: list[tuple[type[BaseModel], JsonSchemaMode]] = [
+        (one, "validation") for one in (*_BODIES, *_ADMIN_BODIES)
+    ]
     _, definitions = models_json_schema(models, ref_template=_SCHEMAS + "{model}")
     for unused in ("HTTPValidationError", "ValidationError"):  # FastAPI's own, never given
         components.pop(unused, None)
@@ -146,6 +155,39 @@ _MODEL = _object(
         "max_model_len": {"type": ["integer", "null"]},
     }
 )
+_AMOUNT = {"type": "number"}
+_MAYBE_AMOUNT: Schema = {"type": ["number", "null"]}
+_CELL: Schema = {"layer": _COUNT, "expert": _COUNT, "group": _STRING}
+_INTENT = _object(
+    {
+        "members": _list(_object({"id": _STRING, "kind": _STRING, "draining": _STRING})),
+        "pins": _list(_object({**_CELL, "keep": {"type": "boolean"}})),
+    }
+)
+_MOVE = {"kind": {"enum": ["add", "replace", "move", "swap"]}, "layer": _COUNT, "expert": _COUNT}
+_MOVE |= {"source": _STRING, "target": _STRING, "bytes": _COUNT}
+_MOVE |= {"gain_s": _AMOUNT, "price_s": _AMOUNT}
+_DRY_RUN = _object(
+    {
+        "helps": {"type": "boolean"},
+        "answer": _STRING,
+        "measured": {"type": "boolean"},
+        "mode": {"enum": ["full", "delta", "keep"]},
+        "time_before": _MAYBE_AMOUNT,
+        "time_after": _MAYBE_AMOUNT,
+        "gain": _MAYBE_AMOUNT,
+        "loads": _COUNT,
+        "drops": _COUNT,
+        "loaded_bytes": _COUNT,
+        "loading_s": _AMOUNT,
+        "owed": _COUNT,
+        "actions": _list(_object(_MOVE)),
+        "reasons": _list(_STRING),
+        "horizon_s": _AMOUNT,
+        "margin": _AMOUNT,
+        "without": _list(_STRING),
+    }
+)
 _ERROR = {"message": _STRING, "type": _STRING, "param": _MAYBE, "code": _MAYBE}
 _ANSWERS: Schema = {
     "Error": _object({"error": _object(_ERROR)}),
@@ -159,6 +201,8 @@ _ANSWERS: Schema = {
         {"token_strs": _list(_STRING)},
     ),
     "Text": _object({"prompt": _STRING}),
+    "Intent": _INTENT,
+    "DryRun": _DRY_RUN,
 }
 _ROUTES: dict[str, tuple[Schema | None, tuple[int, ...]]] = {
     "/v1/completions": (_streamed("Completion"), _GENERATES),
@@ -171,5 +215,9 @@ _ROUTES: dict[str, tuple[Schema | None, tuple[int, ...]]] = {
     "/health": (_json(_object({"status": _STRING, "routers": _COUNT})), (503,)),
     "/metrics": ({"text/plain": {"schema": _STRING}}, (503,)),
     "/placement": (_json({"type": "object"}), (404, 503)),
+    "/placement/dry-run": (_json(_named("DryRun")), (400, 409, 413, 415, 503)),
+    "/placement/history": (_json({"type": "object"}), (503,)),
+    "/status": (_json({"type": "object"}), (503,)),
+    **{f"/{name}": (_json(_named("Intent")), _ADMIN) for name in _CHANGES},
 }
 """Path -> (what a 200 holds, None when there is none; the errors)."""

@@ -10,7 +10,8 @@ import pytest
 
 from actors.intent import Pin, drained, pinned, scaled
 from actors.loop import TakenOver
-from placement.errors import DoesNotFit
+from placement.dry_run import Question, dry_run
+from placement.errors import DoesNotFit, PlacementError
 from raymoe.config import load_config
 from raymoe.errors import ConfigError
 from tests.actors.fake_cluster import World
@@ -365,3 +366,45 @@ def test_an_idle_controller_steps_once_an_interval_also_while_a_copy_takes_long(
     assert w.states()["g1"] == "draining" and steps <= 11
     pings = sum(1 for ref, _ in w.cluster.calls.pending if not ref.done)  # type: ignore[attr-defined]
     assert pings <= 2 * 3, "no calls pile up"
+
+
+def test_a_dry_run_says_what_a_plan_would_bring_and_changes_nothing(tmp_path: Path) -> None:
+    w = world(tmp_path, 3, plan_interval_s=1e6)  # the controller itself plans once
+    assert w.loop.basis() is None, "nothing is placed yet"
+    w.turns()
+    basis = w.loop.basis()
+    assert basis is not None
+    idle = dry_run(basis)
+    assert not idle["measured"] and not idle["helps"] and idle["gain"] is None
+    layers, experts = w.spec.layers, w.spec.experts
+    counts = np.zeros((layers, experts), np.int64)
+    counts[:, 0] = 5000  # one expert has nearly all the load: copies of it pay
+    counts[:, 1] = 100
+    w.control.counts = counts
+    w.turns(80)
+    before = w.control.tables[-1].table
+    basis = w.loop.basis()
+    assert basis is not None
+    answer = dry_run(basis, Question(margin=0.0))
+    assert answer["helps"] and answer["answer"].startswith("yes")
+    assert answer["gain"] > 0.2 and answer["loads"] >= len(answer["actions"]) > 0
+    assert {a["expert"] for a in answer["actions"]} == {0} and answer["loaded_bytes"] > 0
+    none = dry_run(basis, Question(interval_bytes=0))
+    assert not none["helps"] and none["answer"].startswith("no") and none["loads"] == 0
+    w.turns(20)
+    assert w.control.tables[-1].table is before, "nothing has changed"
+
+
+def test_a_dry_run_tells_what_doing_without_a_group_costs(tmp_path: Path) -> None:
+    w = world(tmp_path, 3)
+    w.turns()
+    basis = w.loop.basis()
+    assert basis is not None
+    answer = dry_run(basis, Question(without=("g1",)))
+    held = int(w.loop.groups["g1"].resident.sum())
+    assert answer["owed"] > 0 and answer["drops"] == answer["loads"] == held
+    assert answer["without"] == ["g1"] and "has to be" in answer["answer"]
+    with pytest.raises(PlacementError, match="no group 'g7'"):
+        dry_run(basis, Question(without=("g7",)))
+    with pytest.raises(DoesNotFit):
+        dry_run(basis, Question(without=("g0", "g1", "g2")))

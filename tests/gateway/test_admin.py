@@ -106,3 +106,30 @@ def test_a_web_page_of_another_site_cannot_post_it() -> None:
     long = b'{"groups": 1' + b" " * 5000 + b"}"
     answer = http.post("/scale", content=long, headers={"content-type": "application/json"})
     assert answer.status_code == 413 and not ASKED
+
+
+def test_a_dry_run_needs_no_token_and_hands_the_question_on() -> None:
+    http = client("sesame")
+    asked = {"horizon_s": 30.0, "without": ["g1"]}
+    assert http.post("/placement/dry-run", json=asked).status_code == 200
+    assert http.post("/placement/dry-run", json={}).status_code == 200
+    nothing = {"horizon_s": None, "margin": None, "interval_bytes": None, "without": []}
+    assert [("dry_run", {**nothing, **asked}), ("dry_run", nothing)] == ASKED
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        (b'{"horizon_s": 0}', "horizon_s"),
+        (b'{"margin": 1}', "margin"),
+        (b'{"interval_bytes": -1}', "interval_bytes"),
+        (b'{"without": "g1"}', "without"),
+        (b'{"groups": 3}', "groups"),
+        (b"[]", "body"),
+    ],
+)
+def test_a_wrong_question_is_named(body: bytes, named: str) -> None:
+    headers = {"content-type": "application/json"}
+    answer = client(None).post("/placement/dry-run", content=body, headers=headers)
+    assert answer.status_code == 400 and named in answer.json()["error"]["message"]
+    assert not ASKED

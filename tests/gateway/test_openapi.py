@@ -17,6 +17,7 @@ from schemathesis.generation import GenerationMode
 from schemathesis.specs.openapi import checks
 
 from raymoe.gateway import AppConfig, create_app
+from raymoe.gateway.admin import add_admin_routes
 from tests.gateway.conftest import pool_of, routers_of
 from tests.gateway.fakes import FakeRouter
 from tests.gateway.tiny_tokenizer import tiny_tokenizer
@@ -82,3 +83,17 @@ def test_every_reference_leads_somewhere() -> None:
     assert '"422"' not in text
     for name in re.findall(r'"#/components/schemas/([^"]+)"', text):
         assert name in schema["components"]["schemas"]
+
+
+def test_the_operators_routes_tell_their_bodies_and_statuses() -> None:
+    app = create_app(pool_of([]), tiny_tokenizer(), AppConfig(model_name="tiny"))
+    add_admin_routes(app, None, "token")  # type: ignore[arg-type]
+    schema = app.openapi()
+    for path in ("/scale", "/drain", "/pin", "/evict", "/placement/dry-run"):
+        operation = schema["paths"][path]["post"]
+        body = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+        assert schema["components"]["schemas"][body.rsplit("/", 1)[1]]["properties"]
+        answer = operation["responses"]["200"]["content"]["application/json"]["schema"]["$ref"]
+        assert schema["components"]["schemas"][answer.rsplit("/", 1)[1]]["properties"]
+        assert {"400", "409", "415", "503"} <= operation["responses"].keys()
+        assert ("401" in operation["responses"]) is (path != "/placement/dry-run")
