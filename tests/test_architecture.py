@@ -23,7 +23,8 @@ STDLIB = set(sys.stdlib_module_names)
 ALLOWED = {
     "placement": ({"numpy", "placement"}, {}),
     "raymoe": (
-        {"numpy", "torch", "safetensors", "pydantic", "msgpack", "yaml", "placement", "raymoe"},
+        {"numpy", "torch", "safetensors", "pydantic", "pydantic_core", "msgpack", "yaml"}
+        | {"placement", "raymoe"},
         {
             "raymoe/checkpoint": {"transformers", "huggingface_hub"},
             "raymoe/engine": {"transformers"},

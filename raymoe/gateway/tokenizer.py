@@ -13,6 +13,7 @@ from raymoe.gateway.detokenize import (
     Detokenizer,
     WindowDetokenizer,
 )
+from raymoe.gateway.fields import read_json
 from raymoe.grammar.state import GrammarStart, grammar_start
 
 _CONTEXT_TOKENS = 6  # of the prompt, enough for any decoder's view to the left
@@ -181,9 +182,9 @@ def _template_tool_call(call: Mapping[str, Any]) -> dict[str, Any]:
     function = dict(call["function"])
     if isinstance(function.get("arguments"), str):
         try:
-            function["arguments"] = json.loads(function["arguments"] or "{}")
-        except ValueError:
+            function["arguments"] = read_json(function["arguments"] or "{}")
+        except ValueError as error:
             raise RequestError(
-                "a tool call's arguments are not JSON", "messages[].tool_calls"
+                f"a tool call's arguments are not JSON: {error}", "messages[].tool_calls"
             ) from None
     return {**call, "function": function}

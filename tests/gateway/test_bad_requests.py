@@ -19,6 +19,13 @@ USER = {"role": "user", "content": "hi"}
 FUNCTION = {"type": "function", "function": {"name": "f"}}
 BAD_FUNCTION = {"type": "function", "function": {"name": "f", "parameters": {"type": "x"}}}
 
+
+def _called(arguments: str) -> dict[str, Any]:
+    """An assistant's message that calls a tool."""
+    call = {"function": {"name": "f", "arguments": arguments}}
+    return {"role": "assistant", "tool_calls": [call]}
+
+
 # (field named, changes to a good body); status 400
 COMPLETION: list[tuple[str, dict[str, Any]]] = [
     ("prompt", {"prompt": None}),
@@ -113,6 +120,10 @@ COMPLETION: list[tuple[str, dict[str, Any]]] = [
     ),
     ("response_format", {"response_format": "text"}),
     ("guided_json", {"guided_json": "{"}),
+    ("guided_json", {"guided_json": "[" * 9_000}),
+    ("guided_json", {"guided_json": '{"a":' * 9_000}),
+    ("guided_json", {"guided_json": '{"enum": ["\\ud800"]}'}),
+    ("guided_json", {"guided_json": '{"minimum": NaN}'}),
     ("guided_json", {"guided_json": [1]}),
     ("guided_json", {"guided_json": {"$ref": "#/no"}}),
     ("guided_regex", {"guided_regex": "(?=a)"}),
@@ -156,15 +167,11 @@ CHATS: list[tuple[str, dict[str, Any]]] = [
     ),
     (
         "messages[].tool_calls",
-        {
-            "messages": [
-                {
-                    "role": "assistant",
-                    "tool_calls": [{"function": {"name": "f", "arguments": "{"}}],
-                }
-            ]
-        },
+        {"messages": [_called("{")]},
     ),
+    ("messages[].tool_calls", {"messages": [_called("[" * 9_000)]}),
+    ("messages[].tool_calls", {"messages": [_called('{"a": "\\ud800"}')]}),
+    ("messages[].tool_calls", {"messages": [_called('{"a": NaN}')]}),
     ("messages", {"messages": [{"role": "tool", "content": "no id"}]}),
     ("messages", {"messages": [{"role": "user", "content": "word " * 100}]}),
     ("max_tokens", {"max_tokens": 0}),
