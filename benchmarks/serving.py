@@ -1,11 +1,16 @@
 """Tokens/s through the HTTP endpoint against single-process transformers `generate`.
 
     python -m benchmarks.serving [--model models/demo] [--groups 2] [--streams 1 8 32]
+        [--in-process] [--closed-loop SECONDS]
 
 One run, paired: at each number of streams the endpoint and `generate` take turns on the same
 cores, the median of the turns counts. The endpoint streams (one chunk a token at least);
 `generate` gets its padded batch, its best experts implementation and thread count of those tried.
 Prompts are ragged, 16 to 112 random token ids; 64 new tokens each, greedy.
+
+`--in-process`: our engine with all experts in its own process takes turns too (the better of one
+and two threads). `--closed-loop`: afterwards every stream begins anew when it has ended, for so
+long, so that prompts come while others decode; time to first token and between tokens of that.
 """
 
 from __future__ import annotations
@@ -13,8 +18,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import multiprocessing as mp
-import os
 import signal
 import socket
 import statistics
@@ -22,12 +25,14 @@ import subprocess
 import sys
 import time
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 
+from benchmarks.references import Reference, generate, in_process
 from benchmarks.report import finish, table
 
 NEW_TOKENS = 64
@@ -77,8 +82,18 @@ class Server:
         self.process.wait(30)
 
 
-async def stream_one(port: int, model: str, prompt: list[int]) -> tuple[int, float, float]:
-    """One streamed completion over a plain socket: chunks with text or ids, first and last time.
+@dataclass(frozen=True)
+class Streamed:
+    """One stream: chunks with text or ids, and when what came was read (perf_counter)."""
+
+    chunks: int
+    times_s: list[float]
+
+
+async def stream_one(
+    port: int, model: str, prompt: list[int], new_tokens: int = NEW_TOKENS
+) -> Streamed:
+    """One streamed completion over a plain socket.
 
     A bare client, because its CPU time is taken from the same cores as the server's.
     """
@@ -86,7 +101,7 @@ async def stream_one(port: int, model: str, prompt: list[int]) -> tuple[int, flo
         {
             "model": model,
             "prompt": prompt,
-            "max_tokens": NEW_TOKENS,
+            "max_tokens": new_tokens,
             "temperature": 0,
             "stream": True,
             "ignore_eos": True,
@@ -100,91 +115,71 @@ async def stream_one(port: int, model: str, prompt: list[int]) -> tuple[int, flo
         "Connection: close\r\n\r\n"
     )
     writer.write(head.encode() + body)
-    chunks, first, tail = 0, 0.0, b""
+    chunks, times, tail = 0, [], b""
     while data := await reader.read(1 << 16):
-        if not chunks:
-            first = time.perf_counter()
         chunks += data.count(b"data: {")
+        times.append(time.perf_counter())
         tail = (tail + data)[-600:]
     writer.close()
     used = tail.rpartition(b'"completion_tokens":')[2].lstrip()
     tokens = int(used[: len(used) - len(used.lstrip(b"0123456789"))] or 0)
-    if tokens != NEW_TOKENS or b"[DONE]" not in tail:
-        raise SystemExit(f"a stream ended with {tokens} of {NEW_TOKENS} tokens: {tail[-300:]!r}")
-    return chunks, first, time.perf_counter()
+    if tokens != new_tokens or b"[DONE]" not in tail:
+        raise SystemExit(f"a stream ended with {tokens} of {new_tokens} tokens: {tail[-300:]!r}")
+    return Streamed(chunks, times)
 
 
 def run_endpoint(server: Server, prompts: list[list[int]]) -> dict[str, float]:
     """All prompts at once; tokens/s and time to first token."""
 
-    async def all_of_them() -> list[tuple[int, float, float]]:
+    async def all_of_them() -> list[Streamed]:
         return await asyncio.gather(*(stream_one(server.port, server.model, p) for p in prompts))
 
     started = time.perf_counter()
     done = asyncio.run(all_of_them())
-    seconds = max(d[2] for d in done) - started
-    first = sorted(d[1] - started for d in done)
+    seconds = max(d.times_s[-1] for d in done) - started
+    first = sorted(d.times_s[0] - started for d in done)
     return {
         "tokens_per_s": len(prompts) * NEW_TOKENS / seconds,
         "ttft_p50_s": first[len(first) // 2],
         "ttft_max_s": first[-1],
-        "chunks_per_token": sum(d[0] for d in done) / (len(prompts) * NEW_TOKENS),
+        "chunks_per_token": sum(d.chunks for d in done) / (len(prompts) * NEW_TOKENS),
     }
 
 
-# ---- transformers
+def run_closed_loop(
+    server: Server, streams: int, vocab: int, low: int, high: int, seconds: float
+) -> dict[str, float]:
+    """Every stream sends its next request when one has ended. What began before all streams had
+    been through their first (shortened, so that they do not go on in step) does not count."""
+    rng = np.random.default_rng(streams)
+    waits: list[float] = []
+    gaps: list[float] = []
+    tokens = 0
 
+    async def stream(until_s: float) -> None:
+        nonlocal tokens
+        prompts = iter(lambda: rng.integers(16, vocab, rng.integers(low, high + 1)).tolist(), None)
+        await stream_one(
+            server.port, server.model, next(prompts), int(rng.integers(1, NEW_TOKENS + 1))
+        )
+        while (began := time.perf_counter()) < until_s:
+            done = await stream_one(server.port, server.model, next(prompts))
+            waits.append(done.times_s[0] - began)
+            gaps.extend(np.diff(done.times_s).tolist())
+            tokens += NEW_TOKENS
 
-def generate_process(model: str, pipe: Any) -> None:
-    """Answers (prompts, experts implementation, threads) with tokens/s of `generate`."""
-    import torch
-    from transformers import AutoModelForCausalLM
+    async def every_stream() -> None:
+        until_s = time.perf_counter() + seconds
+        await asyncio.gather(*(stream(until_s) for _ in range(streams)))
 
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    loaded.generation_config.pad_token_id = 0
-    while (task := pipe.recv()) is not None:
-        prompts, implementation, threads = task
-        torch.set_num_threads(threads)
-        loaded.set_experts_implementation(implementation)
-        longest = max(map(len, prompts))
-        ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-        started = time.perf_counter()
-        with torch.inference_mode():
-            loaded.generate(
-                ids,
-                attention_mask=mask,
-                max_new_tokens=NEW_TOKENS,
-                min_new_tokens=NEW_TOKENS,
-                do_sample=False,
-            )
-        pipe.send(len(prompts) * NEW_TOKENS / (time.perf_counter() - started))
-
-
-class Generate:
-    """transformers in one process of its own."""
-
-    VARIANTS = (("grouped_mm", 1), ("grouped_mm", 2), ("eager", 1), ("eager", 2))
-
-    def __init__(self, model: str) -> None:
-        context = mp.get_context("spawn")
-        self.pipe, other = context.Pipe()
-        before = os.environ.pop("OMP_NUM_THREADS", None)  # its best thread count is tried
-        self.process = context.Process(target=generate_process, args=(model, other), daemon=True)
-        self.process.start()
-        if before is not None:
-            os.environ["OMP_NUM_THREADS"] = before
-
-    def run(self, prompts: list[list[int]], variant: tuple[str, int]) -> float:
-        self.pipe.send((prompts, *variant))
-        return float(self.pipe.recv())
-
-    def best_variant(self, prompts: list[list[int]]) -> tuple[str, int]:
-        return max(self.VARIANTS, key=lambda v: max(self.run(prompts, v) for _ in range(2)))
-
-    def stop(self) -> None:
-        self.pipe.send(None)
-        self.process.join(10)
+    started = time.perf_counter()
+    asyncio.run(every_stream())
+    took_s = time.perf_counter() - started
+    found = {"requests": float(len(waits)), "tokens_per_s": tokens / took_s}
+    for name, values in (("ttft", waits), ("gap", gaps)):
+        p50, p99 = np.percentile(values, [50, 99]).tolist()
+        found |= {f"{name}_p50_s": p50, f"{name}_p99_s": p99, f"{name}_max_s": max(values)}
+    return found
 
 
 # ---- the comparison
@@ -265,65 +260,102 @@ def main() -> None:
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--prompt-tokens", type=int, nargs=2, default=[16, 112])
+    parser.add_argument("--in-process", action="store_true", help="the engine alone as well")
+    parser.add_argument("--closed-loop", type=float, default=0.0, metavar="SECONDS")
     args = parser.parse_args()
 
     vocab = json.loads((Path(args.model) / "config.json").read_text())["vocab_size"]
     server = Server(args.model, args.groups, args.routers, args.config)
-    reference = Generate(args.model)
+    references = {"generate": generate(args.model, NEW_TOKENS)}
+    if args.in_process:
+        references["in_process"] = in_process(args.model, NEW_TOKENS)
     results: list[dict[str, Any]] = []
+    loops: list[dict[str, float]] = []
     try:
         for streams in args.streams:
-            prompts = ragged_prompts(streams, vocab, *args.prompt_tokens, seed=streams - 1)
-            variant = reference.best_variant(prompts)
-            run_endpoint(server, prompts)
-            before = engine_seconds(server)
-            turns, cpu = [], {}
-            for turn in range(args.turns):
-                # Other prompts each time, or the prefix cache would know them.
-                prompts = ragged_prompts(streams, vocab, *args.prompt_tokens, seed=streams + turn)
-                cpu_before = cpu_seconds(server)
-                ours_now = run_endpoint(server, prompts)
-                for role, used in difference(cpu_seconds(server), cpu_before).items():
-                    cpu[role] = cpu.get(role, 0.0) + used
-                turns.append((ours_now, reference.run(prompts, variant)))
-            engine = difference(engine_seconds(server), before)
-            tokens = args.turns * streams * NEW_TOKENS
-            print(f"\n{streams} stream(s): where the time goes")
-            profile = step_rows(engine, cpu, tokens)
-            print(table(["part", "unit", "value"], profile), flush=True)
-            ours = [t[0]["tokens_per_s"] for t in turns]
-            results.append(
-                {
-                    "streams": streams,
-                    "raymoe_tokens_per_s": statistics.median(ours),
-                    "generate_tokens_per_s": statistics.median(t[1] for t in turns),
-                    "ratio": statistics.median(o / t[1] for o, t in zip(ours, turns, strict=True)),
-                    "generate_variant": f"{variant[0]}, {variant[1]} thread(s)",
-                    "ttft_p50_s": statistics.median(t[0]["ttft_p50_s"] for t in turns),
-                    "profile": {f"{name}, {unit}": value for name, unit, value in profile},
-                    "chunks_per_token": min(t[0]["chunks_per_token"] for t in turns),
-                }
-            )
+            results.append(compare(server, references, args, streams, vocab))
+            if args.closed_loop:
+                found = run_closed_loop(
+                    server, streams, vocab, *args.prompt_tokens, args.closed_loop
+                )
+                loops.append({"streams": streams, **found})
         memory = memory_rows(server)
         start_s = server.start_s
     finally:
-        reference.stop()
+        for reference in references.values():
+            reference.stop()
         server.stop()
-    names = ("streams", "raymoe_tokens_per_s", "generate_tokens_per_s", "ratio", "ttft_p50_s")
-    print(
-        table(
-            [*names, "generate_variant"],
-            [[r[n] for n in (*names, "generate_variant")] for r in results],
-        )
-    )
+    names = ["streams", "raymoe_tokens_per_s"]
+    for name in references:
+        names += [f"{name}_tokens_per_s", f"ratio_to_{name}", f"{name}_variant"]
+    names += ["ttft_p50_s"]
+    print(table(names, [[r[n] for n in names] for r in results]))
+    if loops:
+        print("\nclosed loop: prompts come while others decode")
+        print(table(list(loops[0]), [list(loop.values()) for loop in loops]))
     print()
     print(table(["process", "PSS MiB", "RSS MiB"], memory))
     print(f"{len(memory)} processes, {sum(r[1] for r in memory)} MiB PSS, ready in {start_s:.1f} s")
     finish(
         "serving",
         vars(args),
-        {"rows": results, "memory": memory, "start_s": start_s},
+        {"rows": results, "closed_loop": loops, "memory": memory, "start_s": start_s},
     )
+
+
+def compare(
+    server: Server,
+    references: dict[str, Reference],
+    args: argparse.Namespace,
+    streams: int,
+    vocab: int,
+) -> dict[str, Any]:
+    """The endpoint and the references in turns, at one number of streams."""
+
+    def prompts(seed: int) -> list[list[int]]:
+        return ragged_prompts(streams, vocab, *args.prompt_tokens, seed=seed)
+
+    first = prompts(streams - 1)
+    variants = {name: each.best_variant(first) for name, each in references.items()}
+    run_endpoint(server, first)
+    before = engine_seconds(server)
+    turns: list[dict[str, float]] = []
+    cpu: dict[str, float] = {}
+    others: dict[str, list[float]] = {name: [] for name in references}
+    for turn in range(args.turns):
+        # Other prompts each time, or the prefix cache would know them.
+        now = prompts(streams + turn)
+        cpu_before = cpu_seconds(server)
+        turns.append(run_endpoint(server, now))
+        for role, used in difference(cpu_seconds(server), cpu_before).items():
+            cpu[role] = cpu.get(role, 0.0) + used
+        for name, each in references.items():
+            others[name].append(each.run(now, variants[name]))
+    engine = difference(engine_seconds(server), before)
+    print(f"\n{streams} stream(s): where the time goes")
+    profile = step_rows(engine, cpu, args.turns * streams * NEW_TOKENS)
+    print(table(["part", "unit", "value"], profile), flush=True)
+    ours = [turn["tokens_per_s"] for turn in turns]
+    result: dict[str, Any] = {
+        "streams": streams,
+        "raymoe_tokens_per_s": statistics.median(ours),
+        "ttft_p50_s": statistics.median(turn["ttft_p50_s"] for turn in turns),
+        "profile": {f"{name}, {unit}": value for name, unit, value in profile},
+        "chunks_per_token": min(turn["chunks_per_token"] for turn in turns),
+    }
+    for name, rates in others.items():
+        result |= {
+            f"{name}_tokens_per_s": statistics.median(rates),
+            f"ratio_to_{name}": statistics.median(o / r for o, r in zip(ours, rates, strict=True)),
+            f"{name}_variant": said(variants[name]),
+        }
+    return result
+
+
+def said(variant: Any) -> str:
+    """A reference's settings: threads, or an experts implementation and threads."""
+    threads, *rest = reversed(variant) if isinstance(variant, tuple) else (variant,)
+    return ", ".join([*rest, f"{threads} thread(s)"])
 
 
 if __name__ == "__main__":
