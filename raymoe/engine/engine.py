@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import threading
-from collections import deque
 from time import monotonic, perf_counter, sleep
 from typing import Any
 
@@ -14,7 +12,9 @@ import torch
 from raymoe.engine.aside import SettingAside
 from raymoe.engine.batch import Chunks
 from raymoe.engine.config import EngineConfig
+from raymoe.engine.events import end_event, token_event
 from raymoe.engine.facts import eos_ids, longest_context
+from raymoe.engine.intake import Intake
 from raymoe.engine.output import (
     Reading,
     end_of,
@@ -32,8 +32,8 @@ from raymoe.engine.seam import Experts
 from raymoe.engine.sequence import Sequence, start_sequence
 from raymoe.engine.stats import EngineStats
 from raymoe.engine.waiting import AwayRequests
-from raymoe.errors import ExpertsUnavailable, Overloaded, RequestError
-from raymoe.grammar.state import GrammarStart, GrammarState
+from raymoe.errors import ExpertsUnavailable
+from raymoe.grammar.state import GrammarStart
 from raymoe.requests import (
     ErrorKind,
     FinishReason,
@@ -64,8 +64,6 @@ class Engine:
     ) -> None:
         """grammars: how an output that follows a grammar begins; None: such requests are refused"""
         self.config = config or EngineConfig()
-        self._grammars = grammars
-        self._grammar_of: dict[str, GrammarState] = {}  # of requests in the inbox
         self.eos_ids = eos_ids(model)
         self._model = runnable(model, experts, self.config)
         self.pool = self._model.pool
@@ -74,6 +72,7 @@ class Engine:
             longest_context(model),
             self.config.max_context or sys.maxsize,
         )
+        self._intake = Intake(self.config, self.max_context, grammars)
         self._scheduler = Scheduler(
             self.pool,
             max_batch=self.config.max_batch,
@@ -86,9 +85,6 @@ class Engine:
         self._aside = experts if isinstance(experts, SettingAside) and self.packed else None
         self._away = AwayRequests(self._aside, self.config) if self._aside is not None else None
         self._sequences: dict[str, Sequence] = {}
-        self._inbox: deque[GenerationRequest | str] = deque()  # a string cancels
-        self._known: set[str] = set()
-        self._lock = threading.Lock()
         self._arrivals = 0
         self.stats = EngineStats()
 
@@ -96,43 +92,16 @@ class Engine:
 
     def add(self, request: GenerationRequest) -> None:
         """Queue a request. Raises RequestError for one that can never run, and Overloaded."""
-        length = len(request.prompt_ids)
-        if length == 0:
-            raise RequestError("the prompt has no tokens", "prompt")
-        if length >= self.max_context:
-            raise RequestError(
-                f"the prompt has {length} tokens and the context holds {self.max_context}, "
-                f"of which at least 1 must be left for output",
-                "prompt",
-            )
-        grammar = self._start_grammar(request)
-        with self._lock:
-            if request.request_id in self._known:
-                raise RequestError(f"request {request.request_id} is running already", "request_id")
-            if len(self._known) >= self.config.max_waiting + self.config.max_batch:
-                raise Overloaded(f"{len(self._known)} requests are running or waiting")
-            self._known.add(request.request_id)
-            if grammar is not None:
-                self._grammar_of[request.request_id] = grammar
-            self._inbox.append(request)
-
-    def _start_grammar(self, request: GenerationRequest) -> GrammarState | None:
-        if request.sampling.grammar is None:
-            return None
-        if self._grammars is None:
-            raise RequestError("this router follows no grammars", "response_format")
-        return self._grammars(request.sampling.grammar, request.output_ids)
+        self._intake.add(request)
 
     def cancel(self, request_id: str) -> None:
         """End a request at the next step; unknown and ended ones are ignored."""
-        with self._lock:
-            if request_id in self._known:
-                self._inbox.append(request_id)
+        self._intake.cancel(request_id)
 
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self._known)
+        return len(self._intake) > 0
 
     @property
     def packed(self) -> bool:
@@ -147,7 +116,7 @@ class Engine:
     def load(self) -> tuple[int, int]:
         """Requests that run, and requests that wait to."""
         running = len(self._scheduler.running)
-        return running, max(len(self._known) - running, 0)
+        return running, max(len(self._intake) - running, 0)
 
     # -- from the engine's thread ------------------------------------------------------------
 
@@ -159,7 +128,7 @@ class Engine:
         Any other exception leaves the engine as it was: the step can be run again.
         """
         begin = perf_counter()
-        events = self._drain_inbox() + self._bring_back()
+        events = self._take_in() + self._bring_back()
         plan = self._scheduler.plan()
         chunks = self._model.order(plan)
         if not chunks:
@@ -224,24 +193,24 @@ class Engine:
             ended.append(self._end(one, error=sentence, kind="unavailable"))
         return ended
 
-    def _drain_inbox(self) -> list[TokenEvent]:
+    def _take_in(self) -> list[TokenEvent]:
         events = []
-        while self._inbox:
-            item = self._inbox.popleft()
+        for item in self._intake.take():
             if isinstance(item, str):
-                sequence = self._sequences.get(item)
-                if sequence is not None:
-                    events.append(self._end(sequence, finish="cancelled"))
+                cancelled = self._sequences.get(item)
+                if cancelled is not None:
+                    events.append(self._end(cancelled, finish="cancelled"))
                 continue
-            sequence = start_sequence(item, self._arrivals)
-            sequence.grammar = self._grammar_of.pop(item.request_id, None)
+            request, grammar = item
+            sequence = start_sequence(request, self._arrivals)
+            sequence.grammar = grammar
             self._arrivals += 1
-            self._sequences[item.request_id] = sequence
+            self._sequences[request.request_id] = sequence
             self._scheduler.add(sequence)
-            # A request continued from elsewhere may have had its last token already.
-            finish = end_of(sequence, self.eos_ids, self.max_context) if item.output_ids else None
-            if finish is not None:
-                events.append(self._end(sequence, finish=finish))
+            if request.output_ids:  # continued from elsewhere: it may have had its last already
+                finish = end_of(sequence, self.eos_ids, self.max_context)
+                if finish is not None:
+                    events.append(self._end(sequence, finish=finish))
         return events
 
     def _stall(self, chunks: Chunks, error: ExpertsUnavailable, tried_s: float) -> list[TokenEvent]:
@@ -296,14 +265,7 @@ class Engine:
         finish = end_of(sequence, self.eos_ids, self.max_context)
         if finish is not None:
             self._forget(sequence)
-        return TokenEvent(
-            request_id=sequence.request.request_id,
-            token_ids=(token,),
-            logprobs=() if logprob is None else (logprob,),
-            prompt_logprobs=_take_once(sequence),
-            finish=finish,
-            cached_prompt_tokens=_announce(sequence),
-        )
+        return token_event(sequence, token, logprob, finish)
 
     def _end(
         self,
@@ -314,35 +276,11 @@ class Engine:
         kind: ErrorKind | None = None,
     ) -> TokenEvent:
         self._forget(sequence)
-        return TokenEvent(
-            request_id=sequence.request.request_id,
-            prompt_logprobs=_take_once(sequence),
-            finish=finish,
-            error=error,
-            error_kind=kind,
-            cached_prompt_tokens=_announce(sequence),
-        )
+        return end_event(sequence, finish=finish, error=error, kind=kind)
 
     def _forget(self, sequence: Sequence) -> None:
         self._scheduler.remove(sequence)
         if self._away:
             self._away.forget(sequence)
         del self._sequences[sequence.request.request_id]
-        with self._lock:
-            self._known.discard(sequence.request.request_id)
-
-
-def _announce(sequence: Sequence) -> int:
-    """Prompt tokens found in the cache, with a request's first event only."""
-    if sequence.announced:
-        return 0
-    sequence.announced = True
-    return sequence.cached_tokens
-
-
-def _take_once(sequence: Sequence) -> tuple[TokenLogprobs, ...]:
-    """The prompt's log probabilities, with a request's first event only."""
-    if sequence.sampling.prompt_logprobs is None or sequence.prompt_logprobs_sent:
-        return ()
-    sequence.prompt_logprobs_sent = True
-    return tuple(sequence.prompt_logprobs)
+        self._intake.forget(sequence.request.request_id)

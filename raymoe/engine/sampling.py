@@ -22,6 +22,10 @@ from raymoe.requests import SamplingParams, TokenLogprobs
 CANDIDATES = 256
 """Filters look at this many likeliest tokens first; sorting the whole vocabulary is rare."""
 
+LEAST_TEMPERATURE, LEAST_PENALTY = 1e-5, 1e-6
+"""Whatever is smaller counts as this: the likeliest token is drawn in any case, and nothing
+overflows on the way to it."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Draw:
@@ -66,7 +70,7 @@ def shape(logits: Tensor, draw: Draw) -> None:
     if params.repetition_penalty != 1.0:
         seen = _ids(sorted(set(draw.tokens)), logits)
         values = logits[seen]
-        penalty = params.repetition_penalty
+        penalty = max(params.repetition_penalty, LEAST_PENALTY)
         logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
     if params.frequency_penalty or params.presence_penalty:
         counts = Counter(draw.tokens[draw.prompt_tokens :])
@@ -93,7 +97,8 @@ def _forbid(logits: Tensor, draw: Draw) -> None:
 def sample(logits: Tensor, draws: Rows[Draw]) -> Tensor:
     """Random tokens int64 [R] of shaped logits [R, V]."""
     settings = [draw.sampling for draw in draws]
-    scaled = logits.float() / _column([one.temperature for one in settings], logits)
+    temperatures = [max(one.temperature, LEAST_TEMPERATURE) for one in settings]
+    scaled = logits.float() / _column(temperatures, logits)
     probabilities = torch.softmax(scaled, -1)
     filtered = [row for row, one in enumerate(settings) if has_filter(one)]
     if filtered:
@@ -108,7 +113,9 @@ def sample(logits: Tensor, draws: Rows[Draw]) -> Tensor:
     target = (
         torch.tensor(points, dtype=torch.float64, device=total.device)[:, None] * total
     ).minimum(torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target, right=True)[:, 0]
+    drawn = torch.searchsorted(cumulative, target, right=True)[:, 0]
+    # Not-a-numbers of a broken row lie behind every token; an id that is none would end the engine.
+    return drawn.clamp_(max=logits.shape[-1] - 1)
 
 
 def has_filter(params: SamplingParams) -> bool:

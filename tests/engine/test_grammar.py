@@ -114,7 +114,9 @@ def test_a_library_that_fails_ends_one_request(shared: Engine, monkeypatch: Any)
         def compute_bitmask(self) -> bytes:
             raise MemoryError("no more")
 
-    monkeypatch.setattr(shared, "_grammars", lambda grammar, ids: GrammarState(Broken(), 512))
+    monkeypatch.setattr(
+        shared._intake, "_grammars", lambda grammar, ids: GrammarState(Broken(), 512)
+    )
     found = run(
         shared, [request("bad", prompt(5), grammar="x"), request("good", prompt(5), max_tokens=4)]
     )

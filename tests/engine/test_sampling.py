@@ -186,3 +186,28 @@ def test_logprobs_are_of_the_raw_distribution() -> None:
         best = truth[row].topk(count)
         assert [token for token, _ in one.top] == best.indices.tolist()
         assert [value for _, value in one.top] == pytest.approx(best.values.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 1e-300},
+        {"temperature": 1e-45, "top_p": 1e-300, "typical_p": 1e-300, "min_p": 1.0},
+        {"temperature": 1e-300, "repetition_penalty": 5e-324, "top_k": 2**63 - 1},
+        {"temperature": 2.0, "repetition_penalty": 5e-324},
+        {"temperature": 1e-7, "logit_bias": ((1, 100.0), (2, -100.0))},
+    ],
+)
+def test_extremes_draw_the_likeliest_token(params: dict[str, Any]) -> None:
+    """And never an id that is no token, which would end the engine at the next step."""
+    values = logits(seed=5)
+    hot = draw([7, 8], banned=(9,), **params)
+    wanted = values.clone()
+    shape(wanted[0], hot)
+    assert not wanted.isnan().any()
+    assert pick(values, [hot]) == wanted.argmax(-1).tolist()
+
+
+def test_not_a_number_draws_some_token() -> None:
+    for params in ({}, {"top_p": 0.5}, {"typical_p": 0.5}):
+        assert 0 <= pick(torch.full((1, V), torch.nan), [draw(**params)])[0] < V
