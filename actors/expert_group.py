@@ -72,11 +72,13 @@ class ExpertGroup:
 
     def ping(self, term: int) -> dict[str, Any]:
         """Answers: this process is not hung. What it has done since the last ping:
-        {"samples": [(pairs, active experts, busy seconds)], "queued_pairs"}."""
+        {"samples": [(pairs, active experts, busy seconds)], "queued_pairs"}; and "busy_s", the
+        seconds it has computed since it started."""
         self._obey(term)
         return {
             "samples": self._runtime.take_samples(),
             "queued_pairs": self._runtime.server.queued()[0],
+            "busy_s": self._runtime.busy_s,
         }
 
     def describe(self) -> dict[str, Any]:

@@ -21,6 +21,7 @@ Sample = tuple[int, int, float]  # pairs, active experts, busy seconds
 
 PENDING, STARTING, LOADING, READY = "pending", "starting", "loading", "ready"
 LOST, DRAINING, DRAINED = "lost", "draining", "drained"
+_BUSY_TAU_S = 5.0
 
 
 @dataclass
@@ -48,6 +49,8 @@ class LiveGroup:
     speed: float = 1.0  # relative, as it is planned with
     resident_bytes: int = 0
     queued_pairs: int = 0
+    busy: float = 0.0  # part of its time that it computes, smoothed over some seconds
+    worked: tuple[float, float] | None = None  # busy seconds since its start, and when it said so
     samples: list[Sample] = field(default_factory=list)  # not looked at yet
     deaths: int = 0
     deaths_in_a_row: int = 0  # without having been ready in between
@@ -68,6 +71,14 @@ class LiveGroup:
     def up(self) -> bool:
         """It has said who it is, and has not been lost since."""
         return self.state in (LOADING, READY)
+
+    def has_worked(self, busy_s: float, now: float) -> None:
+        """It says how many seconds it has computed since its start."""
+        if self.worked is not None and now > self.worked[1]:
+            passed_s = now - self.worked[1]
+            part = min(max((busy_s - self.worked[0]) / passed_s, 0.0), 1.0)
+            self.busy += -math.expm1(-passed_s / _BUSY_TAU_S) * (part - self.busy)
+        self.worked = busy_s, now
 
     @property
     def shown_state(self) -> str:

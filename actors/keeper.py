@@ -206,6 +206,7 @@ class GroupKeeper:
         group.resident[:] = False
         group.loading[:] = False
         group.resident_bytes = group.queued_pairs = 0
+        group.busy, group.worked = 0.0, None
         group.samples.clear()
 
     def _watch(self, group: LiveGroup) -> None:
@@ -287,6 +288,7 @@ class GroupKeeper:
                     if error is None:
                         group.heard_s = self._clock()
                         group.queued_pairs = answer["queued_pairs"]
+                        group.has_worked(answer["busy_s"], self._clock())
                         group.samples += answer["samples"]
                         del group.samples[:-_MOST_SAMPLES]
 

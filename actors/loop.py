@@ -11,7 +11,7 @@ import numpy as np
 
 from actors.cluster import RayCluster
 from actors.executor import Executor
-from actors.fleet import LOADING, PENDING, STARTING
+from actors.fleet import LOADING, LOST, PENDING, STARTING
 from actors.hands import Hands
 from actors.history import History
 from actors.keeper import GroupKeeper
@@ -156,16 +156,15 @@ class ControlLoop:
         if table is not None:
             drained = self._behind.drained(table.order, self._control.behind(table.order), now)
         counts, window_s = self.traffic.window(now)
-        starting = tuple(
-            spec_of(group)
-            for group in self.groups.values()
-            if group.state in (STARTING, PENDING) and group.id not in kinds
-        )
+        coming = [g for g in self.groups.values() if g.id not in kinds and not g.draining]
+        starting = tuple(spec_of(g) for g in coming if g.state in (STARTING, PENDING, LOST))
+        pending = frozenset(g.id for g in coming if g.state == PENDING)
         queue_s = max(g.queued_pairs / r for g, r in zip(groups, fleet.pair_rate, strict=True))
         return snapshot_of(
             fleet,
             groups,
             starting,
+            pending,
             table=table,
             drained=drained,
             counts=counts,

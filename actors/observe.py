@@ -86,6 +86,7 @@ def snapshot_of(
     fleet: Fleet,
     groups: list[LiveGroup],
     starting: tuple[GroupSpec, ...],
+    pending: frozenset[str],
     *,
     table: Table | None,
     drained: int,
@@ -108,5 +109,7 @@ def snapshot_of(
         counts=counts,
         window_s=window_s,
         starting=starting,
+        pending=pending,
+        busy=max((group.busy for group in groups if group.up and not group.draining), default=0.0),
         queue_s=queue_s,
     )

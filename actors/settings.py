@@ -41,6 +41,7 @@ def autoscaler(config: DeploymentConfig, spec: ModelSpec) -> Autoscaler | None:
             name=kind.kind,
             speed=1.0 / kind.slowdown,
             memory_bytes=budget[kind.kind],
+            least=kind.min_count,
             most=kind.max_count or 1_000,
         )
         for kind in config.groups

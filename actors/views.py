@@ -29,6 +29,7 @@ def group_row(group: LiveGroup) -> dict[str, Any]:
         "resident_bytes": group.resident_bytes,
         "replicas": int(group.resident.sum()),
         "queued_pairs": group.queued_pairs,
+        "busy": round(group.busy, 3),
         "incarnation": group.incarnation,
         "deaths": group.deaths,
         "last_error": group.last_error,

@@ -27,6 +27,8 @@ class Snapshot:
     counts     float64 [L, E], tokens since the last snapshot; None: not measured
     window_s   seconds in which `counts` were counted
     starting   groups asked for that do not live yet
+    pending    ids of those of `starting` for which there is no place now
+    busy       part of its time, 0..1, that the busiest group computes; None: not measured
     queue_s    how long dispatches wait in the groups (say the 95th percentile); 0: not measured
     """
 
@@ -42,6 +44,8 @@ class Snapshot:
     counts: Floats | None = None
     window_s: float = 0.0
     starting: tuple[GroupSpec, ...] = ()
+    pending: frozenset[str] = frozenset()
+    busy: float | None = None
     queue_s: float = 0.0
 
     def __post_init__(self) -> None:

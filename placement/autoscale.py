@@ -1,7 +1,8 @@
 """How many groups of which kind: a target with patience; and whom to retire at what cost.
 
-Load and speeds say how busy the groups are: pairs/s of all layers over pairs/s of all groups,
-divided by the balancedness the placement reaches. A utilisation target keeps that under `target`;
+How busy the groups are is measured (the part of its time the busiest one computes) or, where
+nothing is (a simulation), estimated: pairs/s of all layers over pairs/s of all groups, divided by
+the balancedness the placement reaches. A utilisation target keeps that under `target`;
 a latency objective adds groups when the groups' queueing exceeds it. Scaling in must leave a fleet
 that still holds one replica of each expert and survives what it must.
 """
@@ -26,6 +27,7 @@ class Kind:
     speed: float
     memory_bytes: int
     price: float = 1.0  # per hour, in any currency
+    least: int = 0  # scaling in leaves so many
     most: int = 1_000  # how many may run at once
     bandwidth_bytes_per_s: float = 1e9
     alpha_s: float = 0.0
@@ -96,21 +98,33 @@ class Autoscaler:
         balancedness: float = 1.0,
         queue_s: float = 0.0,
         draining: frozenset[str] = frozenset(),
+        measured: float | None = None,
+        coming: frozenset[str] = frozenset(),
+        pending: frozenset[str] = frozenset(),
     ) -> Decision:
         """load float64 [L, E] pairs/s; queue_s: the waiting time observed (say its p95).
 
-        `fleet` may list groups that still start, after those that `placement` knows: they count
-        as capacity, and are never the ones to retire.
+        measured  part of its time, 0..1, that the busiest group computes; None: to be estimated
+        coming    ids that do not serve yet: they count as capacity when groups are to be added,
+                  and nothing is retired until they have come and `down_after_s` has passed
+        pending   those of `coming` that get no place: not waited for, and the first to go
+
+        `fleet` may list groups that still start, after those that `placement` knows.
         """
         config = self.config
         load = check_load(load, fleet.layers)
         alive = np.array([g not in draining for g in fleet.ids])
-        rate = float(fleet.pair_rate[alive].sum()) * max(balancedness, 0.05)
-        busy = float(load.sum()) / max(rate, 1e-300)
+        rate = float(fleet.pair_rate[alive].sum())
+        if measured is None:
+            busy = float(load.sum()) / max(rate * max(balancedness, 0.05), 1e-300)
+        else:  # what the serving groups do, once those that come take their part of it
+            serving = alive & np.array([g not in coming for g in fleet.ids])
+            busy = measured * float(fleet.pair_rate[serving].sum()) / max(rate, 1e-300)
         late = config.queue_s is not None and queue_s > config.queue_s
         missing, _ = shortfall(fleet, fleet.present(load.shape[1]), alive)
         self._high_since = self._since(self._high_since, busy > config.high or late, now)
-        relaxed = busy < config.low and not late
+        living = {g for g, lives in zip(fleet.ids, alive, strict=True) if lives}
+        relaxed = busy < config.low and not late and not living & (coming - pending)
         self._low_since = self._since(self._low_since, relaxed, now)
         if missing:
             return self._grow(fleet, alive, busy, max(busy, 1e-9), now, f"{missing} bytes missing")
@@ -121,7 +135,7 @@ class Autoscaler:
             why = f"queueing {queue_s:.3g} s > {config.queue_s:.3g} s" if late else "busy"
             return self._grow(fleet, alive, busy, factor, now, why)
         if self._low_since is not None and now - self._low_since >= config.down_after_s:
-            return self._shrink(fleet, load, placement, alive, busy, now)
+            return self._shrink(fleet, load, placement, alive, busy, now, pending)
         return Decision(utilisation=busy, why="within the band")
 
     @staticmethod
@@ -175,25 +189,37 @@ class Autoscaler:
         alive: Bools,
         busy: float,
         now: float,
+        pending: frozenset[str],
     ) -> Decision:
-        """Retire the group that frees the most price for the fewest bytes to move, if all fits."""
+        """Retire the group that frees the most price for the fewest bytes to move, if all fits;
+        before all others one that gets no place, and so holds nothing."""
         if int(alive.sum()) <= self.config.least:
             return Decision(utilisation=busy, why="at the fewest groups allowed")
         price = {k.name: k.price for k in self.kinds}
         best: tuple[float, str, str] | None = None
         total = float(fleet.pair_rate[alive].sum())
+        kinds = [group.kind for group in fleet.groups]
+        least = {k.name: k.least for k in self.kinds}
         for g in np.flatnonzero(alive).tolist():
-            if g >= placement.resident.shape[2]:
+            known = g < placement.resident.shape[2]
+            if not known and fleet.ids[g] not in pending:
                 continue  # it still starts
+            if sum(alive[i] and k == kinds[g] for i, k in enumerate(kinds)) <= least.get(
+                kinds[g], 0
+            ):
+                continue
             left = total - float(fleet.pair_rate[g])
             after = busy * total / max(left, 1e-300)
             rest = alive.copy()
             rest[g] = False
             if left <= 0 or after > self.config.target or not _fits(fleet, load, rest):
                 continue
-            moved = moving_bytes(fleet, placement, g)
+            moved = moving_bytes(fleet, placement, g) if known else -1
             cost = (moved + 1.0) / price.get(fleet.groups[g].kind, 1.0)
-            text = f"{moved} bytes to move, {moved / fleet.bandwidth[rest].sum():.3g} s of loading"
+            text = "it gets no place"
+            if known:
+                loading_s = moved / fleet.bandwidth[rest].sum()
+                text = f"{moved} bytes to move, {loading_s:.3g} s of loading"
             if best is None or (cost, fleet.ids[g]) < (best[0], best[1]):
                 best = cost, fleet.ids[g], f"{text}, utilisation {busy:.2f} -> {after:.2f}"
         if best is None:

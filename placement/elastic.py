@@ -31,8 +31,7 @@ class Elastic:
         """
         known = {*snapshot.fleet.ids, *(g.id for g in snapshot.starting)}
         self._spawns = {i: s for i, s in self._spawns.items() if i not in known}
-        living = set(snapshot.fleet.ids) - snapshot.draining
-        self._drains = {i: d for i, d in self._drains.items() if i in living}
+        self._drains = {i: d for i, d in self._drains.items() if i in known - snapshot.draining}
         coming = [*snapshot.starting, *(self._spec(s) for s in self._spawns.values())]
         fleet = replace(snapshot.fleet, groups=(*snapshot.fleet.groups, *coming))
         decision = self.autoscaler.step(
@@ -43,6 +42,9 @@ class Elastic:
             balancedness=_balancedness(target, rate, snapshot.fleet),
             queue_s=snapshot.queue_s,
             draining=snapshot.draining | set(self._drains),
+            measured=snapshot.busy,
+            coming=frozenset(g.id for g in coming) | _empty(snapshot, target),
+            pending=snapshot.pending,
         )
         for kind, count in decision.add:
             for _ in range(count):
@@ -63,6 +65,12 @@ class Elastic:
 
     def _spec(self, spawn: Spawn) -> GroupSpec:
         return group_of(self._kinds[spawn.kind], spawn.group)
+
+
+def _empty(snapshot: Snapshot, target: Placement) -> frozenset[str]:
+    """Groups that have a part of the plan, but hold nothing yet or are away."""
+    planned = target.resident.any((0, 1)) & ~snapshot.ready.any((0, 1))
+    return snapshot.away | {snapshot.fleet.ids[g] for g in np.flatnonzero(planned)}
 
 
 def _balancedness(target: Placement, rate: Floats, fleet: Fleet) -> float:

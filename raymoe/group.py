@@ -202,6 +202,11 @@ class GroupRuntime:
                 samples=tuple(self._samples),
             )
 
+    @property
+    def busy_s(self) -> float:
+        """Seconds spent on messages since the start."""
+        return self._busy_s
+
     def take_samples(self) -> list[tuple[int, int, float]]:
         """Timings since the last call (the latest few hundred): (pairs, active experts, busy s)."""
         with self._count_lock:

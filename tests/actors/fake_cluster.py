@@ -64,6 +64,7 @@ class Process:
         self.slow_loads = False  # loads wait until this is over
         self.broken_sources: set[str] = set()
         self.term = 0
+        self.busy_s = 0.0
         self._spec = spec
         self._queue: list[tuple[str, tuple[Any, ...], Ref]] = []
         self.brought: list[tuple[int, int, str | None]] = []
@@ -126,7 +127,7 @@ class Process:
 
     def _do_ping(self, term: int) -> dict[str, Any]:
         self._obey(term)
-        return {"samples": [], "queued_pairs": 0}
+        return {"samples": [], "queued_pairs": 0, "busy_s": self.busy_s}
 
     def _do_bring(
         self, pairs: list[tuple[int, int]], source: Any, limit: float | None, term: int
@@ -271,6 +272,7 @@ class World:
         self.config, self.spec = config, spec
         self.cluster, self.memory, self.control = FakeCluster(spec), FakeMemory(), FakeControl()
         self.now = 1000.0
+        self.work = 0.0  # of so many groups; those in the table share it
         self.loop = self.controller()
 
     def controller(self) -> ControlLoop:
@@ -292,10 +294,26 @@ class World:
         """Time goes on; groups answer; every table is checked."""
         for _ in range(count):
             self.now += step_s
+            self._compute(step_s)
             for process in list(self.cluster.processes.values()):
                 process.answer()
             self.loop.turn(0.0)
             self.check()
+
+    def _compute(self, seconds: float) -> None:
+        living = self.cluster.living()
+        serving = [living[g] for g in self.serving() if g in living]
+        for process in serving:
+            process.busy_s += min(self.work / len(serving), 1.0) * seconds
+
+    def serving(self) -> set[str]:
+        """Ids of the groups that clients send to."""
+        if not self.control.tables:
+            return set()
+        table = self.control.tables[-1].table
+        return {
+            g for g, held in zip(table.group_ids, table.resident.any((0, 1)), strict=True) if held
+        }
 
     def check(self) -> None:
         """What clients were told last is true, but for what has died since."""

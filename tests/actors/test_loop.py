@@ -271,20 +271,108 @@ def test_too_little_memory_is_said(tmp_path: Path) -> None:
     assert w.loop.failed is not None and "bytes" in w.loop.failed
 
 
-def test_autoscaling_within_the_bounds_of_the_kind(tmp_path: Path) -> None:
-    autoscale = {"enabled": True, "up_after_s": 2, "down_after_s": 5, "cool_down_s": 2}
-    kinds = [{"count": 2, "min_count": 2, "max_count": 4}]
-    w = world(tmp_path, groups=kinds, autoscale=autoscale)
+AUTOSCALE = {"enabled": True, "up_after_s": 2, "down_after_s": 5, "cool_down_s": 2}
+
+
+def scaling(tmp_path: Path, **more: Any) -> World:
+    kinds = [{"count": 2, "min_count": 2, "max_count": 4, **more}]
+    w = world(tmp_path, groups=kinds, autoscale=AUTOSCALE)
     w.turns()
-    each = np.ones((2, 4), np.int64)
-    each[1, 3] = 0
-    w.control.counts = each * 1_000_000  # a second: far more than any number of groups can do
+    w.control.counts = np.full((2, 4), 100, np.int64)
+    w.control.counts[1, 3] = 0
+    return w
+
+
+def test_autoscaling_within_the_bounds_of_the_kind(tmp_path: Path) -> None:
+    w = scaling(tmp_path)
+    w.work = 100.0  # far more than any number of groups can do
     w.turns(160)
     assert len(w.loop.wanted.intent.active("default")) == 4, w.states()
     assert w.served() and set(w.states().values()) == {"ready"}
-    w.control.counts = each * 100
+    w.work = 0.1
     w.turns(400)
     assert len(w.states()) == 2 and w.served(), "and back to the fewest allowed"
+
+
+def test_so_many_groups_as_the_measured_load_needs(tmp_path: Path) -> None:
+    w = scaling(tmp_path)
+    w.work = 1.7
+    w.turns(300)
+    assert len(w.states()) == 3, "1.7 groups' work at 0.6 each"
+    before = w.loop.wanted.intent
+    w.turns(800)
+    assert w.loop.wanted.intent == before, "and then it rests"
+
+
+def test_a_fleet_without_any_traffic_shrinks(tmp_path: Path) -> None:
+    w = scaling(tmp_path)
+    w.work = 1.7
+    w.turns(300)
+    w.work, w.control.counts = 0.0, None
+    w.turns(200)
+    assert len(w.states()) == 2 and w.served()
+
+
+def test_a_fleet_whose_speeds_are_not_known_is_judged_by_how_busy_it_is(tmp_path: Path) -> None:
+    w = scaling(tmp_path)
+    w.work = 1.2  # no group has told any timing
+    w.turns(300)
+    assert len(w.states()) == 2 and not w.loop.wanted.intent.draining
+
+
+def test_nothing_is_retired_while_a_group_is_on_its_way(tmp_path: Path) -> None:
+    w = scaling(tmp_path)
+    w.work = 1.7
+    for _ in range(200):
+        w.turns(1)
+        if len(w.states()) > 2:
+            break
+    (new,) = set(w.states()) - {"g0", "g1"}
+    w.cluster.of(new).frozen = True  # its process takes long to come up
+    w.work = 0.1
+    w.turns(120)
+    assert not w.loop.wanted.intent.draining and w.states()[new] == "starting"
+    w.cluster.of(new).frozen = False
+    w.cluster.of(new).slow_loads = True
+    w.turns(60)
+    assert not w.loop.wanted.intent.draining and new not in w.serving(), "it loads"
+    w.cluster.of(new).slow_loads = False
+    w.turns(8)
+    assert new in w.serving(), "it serves before anything is retired"
+    w.turns(200)
+    assert len(w.states()) == 2 and w.served()
+
+
+def test_a_group_that_gets_no_place_is_the_first_to_go(tmp_path: Path) -> None:
+    w = scaling(tmp_path)
+    w.cluster.full = True
+    w.work = 1.7
+    w.turns(200)
+    assert sorted(w.states().values()) == ["pending", "ready", "ready"], "no more are asked for"
+    w.work = 0.1
+    w.turns(200)
+    assert w.states() == {"g0": "ready", "g1": "ready"}
+
+
+def test_a_lost_group_is_not_made_up_for_by_another(tmp_path: Path) -> None:
+    w = scaling(tmp_path)
+    w.work = 1.2
+    w.turns(100)
+    for _ in range(3):  # each time the next start waits longer
+        w.cluster.of("g1").die()
+        w.turns(20)
+    w.turns(100)
+    assert w.states() == {"g0": "ready", "g1": "ready"} and w.served()
+
+
+def test_a_kind_keeps_its_fewest_groups(tmp_path: Path) -> None:
+    kinds = [
+        {"kind": "big", "count": 2, "min_count": 2},
+        {"kind": "small", "count": 2, "min_count": 0, "memory_bytes": 1 << 20},
+    ]
+    w = world(tmp_path, groups=kinds, autoscale=AUTOSCALE)
+    w.turns(400)
+    assert w.states() == {"big-0": "ready", "big-1": "ready"} and w.served()
 
 
 def test_hot_experts_are_replicated_within_seconds_of_a_shift(tmp_path: Path) -> None:
