@@ -1,7 +1,7 @@
 """How fast the groups are, from the timings they report: nothing about speed is declared.
 
-The time of a message, alpha + pairs * pair_s + gamma * active experts, is fitted once for all
-groups of a kind (a group alone sees too few shapes to tell the terms apart); each group then has
+The time of a message, alpha + pairs * pair_s + gamma * active experts, is fitted once, over the
+first minutes of traffic, for all groups of a kind (a group alone sees too few shapes to tell the terms apart); each group then has
 one number: how many times as long as that it takes. Its median over a window shrugs off messages
 that were preempted.
 """
@@ -18,7 +18,9 @@ from placement.fit import Speed, TimeFit
 
 _FEW = 16  # timings of a group before its factor is believed
 _KEEP_LAST = 128  # timings the factor is taken over: some tenths of a second of decoding
-_FIT_MESSAGES = 200  # timings of a kind before its model is believed
+_FIT_MESSAGES = 200  # timings of a kind before its model is believed ...
+_FIT_DONE = 4000  # ... and after so many it stays: what changes then is a group's speed
+_FIT_AT_ONCE = 32  # timings taken in of one report
 _STALE_S = 60.0  # a group without traffic for so long is taken for as fast as its kind again
 _EASE = 0.05  # weight of the newest report in what a usual message is
 _RATE_BAND = 1.3  # the rate planned with follows when it is off by more than this factor
@@ -72,19 +74,20 @@ class SpeedBook:
         pairs, active = float(table[:, 0].mean()), float(table[:, 1].mean())
         old = self._usual if self._usual[0] else (pairs, active)
         self._usual = old[0] + _EASE * (pairs - old[0]), old[1] + _EASE * (active - old[1])
-        model = self._models.get(kind)
-        if model is None:
+        if self._counts.get(kind, 0) < _FIT_DONE:
             self._learn(kind, samples)
-        elif len(group.recent) >= _FEW:
+        model = self._models.get(kind)
+        if model is not None and len(group.recent) >= _FEW:
             usual = model.alpha_s + table[:, 0] * model.pair_s + table[:, 1] * model.gamma_s
             group.factor = float(np.median(table[:, 2] / usual))
 
     def _learn(self, kind: str, samples: Sequence[Sample]) -> None:
-        """The model of a kind is fitted once, and then fixed: factors are relative to it."""
-        fit = self._fits.setdefault(kind, TimeFit())
-        for pairs, active, seconds in samples:
+        """The model of a kind, from messages of as many shapes as the start of traffic brings."""
+        fit = self._fits.setdefault(kind, TimeFit(keep=1 - 2 / _FIT_DONE))
+        taken = samples[:: -(-len(samples) // _FIT_AT_ONCE)]
+        for pairs, active, seconds in taken:
             fit.add(pairs, active, seconds)
-        self._counts[kind] = self._counts.get(kind, 0) + len(samples)
+        self._counts[kind] = self._counts.get(kind, 0) + len(taken)
         if self._counts[kind] >= _FIT_MESSAGES:
             speed = fit.speed()
             if speed is not None:

@@ -15,6 +15,7 @@ from placement.errors import PlacementError
 from placement.types import Floats
 
 _TERMS = 3
+_LITTLE = 0.1  # part of a usual batch's time that its pairs take at least
 _ENOUGH = 8.0  # faded number of timings before a fit is given
 
 
@@ -68,11 +69,14 @@ class TimeFit:
             return None
         alpha, pair, gamma = best[1].tolist()
         if pair <= 0:
-            # all batches looked alike: call it all pairs, which errs on the careful side
+            # The cost is fixed, or by expert; a pair costs little, but never nothing. To call it
+            # all pairs would predict next to nothing for a message of few: then the group that
+            # gets such looks slow, gets fewer still, and looks slower.
             only = self._solve([1])
             if only is None:
                 return None
-            alpha, pair, gamma = only[1].tolist()
+            pair = _LITTLE * only[1][1]
+            alpha, gamma = (1 - _LITTLE) * alpha, (1 - _LITTLE) * gamma
         return Speed(alpha_s=alpha, pair_s=pair, gamma_s=gamma)
 
     def _solve(self, terms: list[int]) -> tuple[float, Floats] | None:

@@ -81,7 +81,8 @@ class GroupRuntime:
         node: str = "",
         config: ServerConfig | None = None,
     ) -> None:
-        """`slowdown` >= 1 makes every message take so many times as long (for tests)."""
+        """`slowdown` >= 1 makes every message take so many times as long (for tests): it waits
+        for the rest of that time. Of CPU time, not of time that other processes had."""
         if slowdown < 1.0:
             raise ConfigError(f"group {group_id}: slowdown is {slowdown}; it must be 1 or more")
         self.spec, self.id, self.incarnation, self.shard = spec, group_id, incarnation, shard
@@ -235,7 +236,7 @@ class GroupRuntime:
 
     def _serve_one(self, request: Request) -> None:
         call = request.call
-        started = time.perf_counter_ns()
+        started = self._clocks()
         missing: list[int] = []
         error: str | None = None
         try:
@@ -288,19 +289,22 @@ class GroupRuntime:
         self._samples.append(sample)
         self._fresh.append(sample)
 
-    def _busy_ns(self, started_ns: int) -> int:
-        busy_ns = time.perf_counter_ns() - started_ns
-        if self.slowdown > 1.0:
-            self._closed.wait(busy_ns * 1e-9 * (self.slowdown - 1.0))
-            busy_ns = int(busy_ns * self.slowdown)
-        return busy_ns
+    def _clocks(self) -> tuple[int, int]:
+        """Now; and, for slowed groups, the CPU time of this thread."""
+        return time.perf_counter_ns(), time.thread_time_ns() if self.slowdown > 1.0 else 0
+
+    def _busy_ns(self, started: tuple[int, int]) -> int:
+        if started[1]:
+            used_ns = time.thread_time_ns() - started[1]
+            self._closed.wait(used_ns * 1e-9 * (self.slowdown - 1.0))
+        return time.perf_counter_ns() - started[0]
 
     def _serve_together(self, requests: list[Request]) -> None:
         """Messages of one layer and mode as one: each expert's weights are read once for all.
 
         Whatever goes wrong, they are served one by one, so that only the guilty one fails.
         """
-        started = time.perf_counter_ns()
+        started = self._clocks()
         layer, mode = requests[0].call.layer, requests[0].call.mode
         try:
             joined = _Joined(requests)

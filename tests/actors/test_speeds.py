@@ -52,6 +52,29 @@ def test_a_group_slowed_at_run_time_shows_within_a_few_windows_and_recovers() ->
     assert book.measured(KINDS)["g1"].speed == 1.0
 
 
+def test_a_slow_group_whose_messages_get_small_is_not_taken_for_slower_and_slower() -> None:
+    rng, book = np.random.default_rng(0), SpeedBook()
+    kinds = {"fast": "a", "slow": "b"}
+
+    def report(group: str, factor: float, pairs: int, now: float) -> None:
+        """Decoding: much the same message again and again, its time mostly fixed."""
+        sizes = rng.integers(max(1, pairs - 1), pairs + 2, 100)
+        seconds = (2e-4 + sizes * 1e-6) * factor * rng.normal(1, 0.1, 100).clip(0.5)
+        seconds += 3e-3 * (rng.uniform(size=100) < 0.1)
+        told = [(int(n), int(n), float(s)) for n, s in zip(sizes, seconds, strict=True)]
+        book.add(group, kinds[group], told, now)
+
+    pairs = 24
+    for now in range(60):
+        report("fast", 1.0, 32, now)
+        report("slow", 3.0, pairs, now)
+        measured = book.measured(kinds)
+        if now > 20:  # it gets load by what was measured
+            pairs = max(1, round(24 * measured["slow"].speed))
+            assert 1 / 4.5 < measured["slow"].speed < 1 / 2, now
+    assert pairs < 12
+
+
 def test_a_group_without_traffic_gets_another_chance() -> None:
     book = told({"g0": 1.0, "g1": 1.0})
     rng = np.random.default_rng(1)
