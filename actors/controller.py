@@ -105,6 +105,7 @@ class PlacementController:
                 "model": self._config.served_model_name,
                 "family": self._spec.family,
                 "ready": loop.complete(),
+                "problem": loop.problem,
                 "term": loop.term,
                 "epoch": loop.publisher.epoch,
                 "balancedness": balancedness(loop.publisher.table, loop.traffic.load),

@@ -203,6 +203,11 @@ class ControlLoop:
         """Every expert has a ready replica, and clients were told."""
         return self._placed and self.publisher.table is not None and self._all_served()
 
+    @property
+    def problem(self) -> str:
+        """Why some experts cannot be served, and what to do; "" when all can, or will be soon."""
+        return self.failed or ("" if self.complete() else self.mind.missing)
+
     def _all_served(self) -> bool:
         served = np.logical_or.reduce([g.resident for g in self.groups.values()])
         return int(served.sum()) == sum(self._spec.experts_of_layer)

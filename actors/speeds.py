@@ -1,9 +1,9 @@
 """How fast the groups are, from the timings they report: nothing about speed is declared.
 
 The time of a message, alpha + pairs * pair_s + gamma * active experts, is fitted once, over the
-first minutes of traffic, for all groups of a kind (a group alone sees too few shapes to tell the terms apart); each group then has
-one number: how many times as long as that it takes. Its median over a window shrugs off messages
-that were preempted.
+first minutes of traffic, for all groups of a kind (a group alone sees too few shapes to tell the
+terms apart); each group then has one number: how many times as long as that it takes. Its median
+over a window shrugs off messages that were preempted.
 """
 
 from __future__ import annotations

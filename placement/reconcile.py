@@ -83,6 +83,7 @@ class Reconciler:
         self.config = config or ReconcileConfig()
         self.converger = Converger(term=term, loads_per_group=self.config.loads_per_group)
         self.plan: Plan | None = None
+        self.missing = ""  # what the groups lack to hold one of each expert, by bytes
         self.events: deque[str] = deque(maxlen=200)  # sentences, newest last
         self.records: deque[PlanRecord] = deque(maxlen=100)  # newest last
         dwell_s = self.config.dwell_s
@@ -255,8 +256,11 @@ class Reconciler:
         for survive in dict.fromkeys((fleet.survive, "none")):
             try:
                 asked = replace(fleet, survive=survive)
-                return make_plan(forecast, asked, self._target, limits, mode, staying, dwelling)
+                plan = make_plan(forecast, asked, self._target, limits, mode, staying, dwelling)
+                self.missing = ""
+                return plan
             except PlacementError as error:
+                self.missing = str(error)
                 sentence = f"no plan: {error}"
                 if sentence not in self.events:
                     self.events.append(sentence)

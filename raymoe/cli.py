@@ -139,6 +139,8 @@ def _status(args: argparse.Namespace) -> int:
         f"{status['model']} ({status['family']})  deployment {status['deployment']}  "
         f"epoch {status['epoch']}  balancedness {_shown(status['balancedness'])}"
     )
+    if status.get("problem"):
+        print(f"PROBLEM: {status['problem']}")
     print(
         f"{'group':12} {'state':9} {'pid':>8} {'speed':>6} {'replicas':>8} {'resident':>10}  node"
     )

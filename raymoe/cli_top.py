@@ -94,6 +94,7 @@ def _head(view: Mapping[str, Any]) -> Iterator[str]:
     yield (
         f"{status['model']} ({status['family']})  deployment {status['deployment']}  "
         f"epoch {status['epoch']}  {'ready' if status['ready'] else 'EXPERTS MISSING'}"
+        + (f": {status['problem']}" if status.get("problem") else "")
     )
     yield (
         f"tokens/s {_number(now.get('tokens_per_s'))}  "

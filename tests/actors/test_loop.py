@@ -86,6 +86,26 @@ def test_experts_of_a_group_that_stays_away_are_lent_and_given_back(tmp_path: Pa
     assert w.served() and (w.cluster.of("g0").resident == home).all()
 
 
+def test_what_survivors_cannot_hold_is_said_by_bytes_until_memory_is_back(tmp_path: Path) -> None:
+    w = world(tmp_path, slots=4)
+    w.turns()
+    kept = w.cluster.of("g0").resident.copy()
+    w.cluster.full = True
+    w.cluster.of("g1").die()
+    w.turns(100)
+    size = max(w.spec.expert_bytes)
+    assert not w.loop.complete() and not w.loop.failed, "it waits, and has not given up"
+    assert f"needs {7 * size} bytes" in w.loop.problem
+    assert f"{3 * size} bytes are missing; add a group" in w.loop.problem
+    assert (w.cluster.of("g0").resident == kept).all(), "what is there serves on"
+    table = w.control.tables[-1].table
+    assert table.resident.any(2).sum() == 4
+    w.cluster.full = False
+    w.cluster.of("g1").placed = True
+    w.turns(60)
+    assert w.served() and w.loop.complete() and not w.loop.problem
+
+
 def test_all_groups_at_once(tmp_path: Path) -> None:
     w = world(tmp_path, groups=3)
     w.turns()
