@@ -11,6 +11,7 @@ import torch
 
 from raymoe.engine.aside import SettingAside
 from raymoe.engine.batch import Chunks
+from raymoe.engine.blame import Blame
 from raymoe.engine.config import EngineConfig
 from raymoe.engine.events import end_event, token_event
 from raymoe.engine.facts import eos_ids, longest_context
@@ -86,6 +87,9 @@ class Engine:
         self._away = AwayRequests(self._aside, self.config) if self._aside is not None else None
         self._sequences: dict[str, Sequence] = {}
         self._arrivals = 0
+        self._blame = Blame()
+        self._committing = False  # a failure now leaves sequences half changed
+        self._computed = 0.0  # when the last forward was done
         self.stats = EngineStats()
 
     # -- from any thread ---------------------------------------------------------------------
@@ -125,7 +129,8 @@ class Engine:
 
         When `ExpertsUnavailable` stops the forward, nothing has happened but the wait: a later
         step tries again, and a request that has been stalled for `stall_end_s` ends with an error.
-        Any other exception leaves the engine as it was: the step can be run again.
+        After any other failure the next step tries each request alone, and those that fail again
+        end with an error (`Blame`); what is raised here means that the engine is broken.
         """
         begin = perf_counter()
         events = self._take_in() + self._bring_back()
@@ -137,25 +142,45 @@ class Engine:
             return events
         planned = perf_counter()
         with torch.inference_mode():
-            found = readings(chunks)
+            if self._blame.suspicious:
+                return events + self._one_by_one(chunks)
             try:
-                logits = self._forward(chunks, found)
+                events += self._compute(chunks)
             except ExpertsUnavailable as error:
                 self._model.spoilt(chunks)
                 return events + self._stall(chunks, error, perf_counter() - planned)
-            except BaseException:
+            except Exception as error:
                 self._model.spoilt(chunks)
-                raise
-            computed = perf_counter()
-            if self._aside is not None and self._aside.lost:
-                chunks, found, logits = self._set_aside(chunks, found, logits)
-            events += self._commit(chunks, found, logits)
+                if self._committing:
+                    raise
+                self._blame.failed(error)
+                return events
+        self._blame.succeeded()
         self.stats.record(
-            plan, begin=begin, planned=planned, computed=computed, done=perf_counter()
+            plan, begin=begin, planned=planned, computed=self._computed, done=perf_counter()
         )
         self.stats.preemptions = self._scheduler.preemptions
         self.stats.prefix_queried_tokens = self._scheduler.queried_tokens
         self.stats.prefix_reused_tokens = self._scheduler.reused_tokens
+        return events
+
+    def _compute(self, chunks: Chunks) -> list[TokenEvent]:
+        """One forward and what comes of it. Until `_committing` nothing has happened."""
+        found = readings(chunks)
+        logits = self._forward(chunks, found)
+        self._computed = perf_counter()
+        if self._aside is not None and self._aside.lost:
+            chunks, found, logits = self._set_aside(chunks, found, logits)
+        return self._commit(chunks, found, logits)
+
+    def _one_by_one(self, chunks: Chunks) -> list[TokenEvent]:
+        """The step after one that has failed."""
+        events, guilty = self._blame.one_by_one(
+            chunks, self._compute, self._model.spoilt, lambda: self._committing
+        )
+        for one, error in guilty:
+            said = f"the engine failed at this request: {type(error).__name__}: {error}"
+            events.append(self._end(one, error=said))
         return events
 
     def _forward(self, chunks: Chunks, found: list[Reading]) -> torch.Tensor:
@@ -246,6 +271,7 @@ class Engine:
         tokens, logprobs = take_tokens(logits, found, self.eos_ids)
         drawn = iter(zip(tokens, logprobs, strict=True))
         events = []
+        self._committing = True
         for reading, (sequence, count) in zip(found, chunks, strict=True):
             self._scheduler.commit(sequence, count)
             sequence.stalled_since, sequence.tries = None, 0
@@ -254,6 +280,7 @@ class Engine:
                 events.append(self._append(sequence, token, logprob))
             elif sequence.pending == 0:  # max_tokens 0: only the prompt was of interest
                 events.append(self._end(sequence, finish="length"))
+        self._committing = False
         return events
 
     def _append(self, sequence: Sequence, token: int, logprob: TokenLogprobs | None) -> TokenEvent:

@@ -360,8 +360,7 @@ def test_a_step_that_broke_can_be_run_again(failing: tuple[FailingExperts, Engin
     while engine.has_work:
         step += 1
         experts.failures[experts.calls + 1 + step % 3] = RuntimeError("of another kind")
-        with pytest.raises(RuntimeError, match="of another kind"):
-            engine.step()
+        assert engine.step() == []
         for event in engine.step():
             outcomes[event.request_id].take(event)
     assert {name: one.tokens for name, one in outcomes.items()} == {
