@@ -152,6 +152,7 @@ def create_app(
                 )
         return {"prompt": tokenizer.decode(body.tokens, bool(body.skip_special_tokens))}
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> Response:
         if not backend.ready:

@@ -10,6 +10,7 @@ from raymoe.gateway.choice import Choice, TextOptions
 from raymoe.gateway.sampling import (
     COMPLETION_MAX_TOKENS,
     check_body,
+    check_length,
     check_prompt,
     draw_seed,
     output_limit,
@@ -66,7 +67,7 @@ async def completion_prompts(
         if text is None:
             ids = prompt
         else:
-            ids = await _encode(tokenizer, text, body.add_special_tokens is not False)
+            ids = await _encode(tokenizer, text, body.add_special_tokens is not False, field, model)
         check_prompt(ids, field, model)
         limit = output_limit(body, len(ids), model, COMPLETION_MAX_TOKENS)
         prompts.append(Prompt(text=text, ids=ids, max_tokens=limit))
@@ -78,7 +79,7 @@ async def chat_prompt(body: ChatBody, model: ModelInfo, tokenizer: GatewayTokeni
     check_body(body, model)
     text = chat_text(body, tokenizer)
     # The template writes the special tokens itself.
-    ids = await _encode(tokenizer, text, bool(body.add_special_tokens))
+    ids = await _encode(tokenizer, text, bool(body.add_special_tokens), "messages", model)
     check_prompt(ids, "messages", model)
     return Prompt(text=text, ids=ids, max_tokens=output_limit(body, len(ids), model, None))
 
@@ -153,8 +154,10 @@ def make_choices(
 
 
 async def _encode(
-    tokenizer: GatewayTokenizer, text: str, add_special_tokens: bool
+    tokenizer: GatewayTokenizer, text: str, add_special_tokens: bool, field: str, model: ModelInfo
 ) -> tuple[int, ...]:
+    """Raises ApiError for a text that is far too long, without encoding it."""
     if len(text) < _LONG_TEXT:
         return tokenizer.encode(text, add_special_tokens)
+    check_length(tokenizer.least_tokens(text), field, model)
     return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens)

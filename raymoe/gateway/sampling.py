@@ -74,6 +74,12 @@ def check_prompt(ids: Sequence[int], field: str, model: ModelInfo) -> None:
         raise _too_long(f"the prompt has {len(ids)} tokens, but {_limit(model)}", field)
 
 
+def check_length(least_tokens: int, field: str, model: ModelInfo) -> None:
+    """Raises ApiError (400) for a prompt that is too long whatever its tokens are."""
+    if least_tokens >= model.longest_tokens:
+        raise _too_long(f"the prompt has {least_tokens} tokens or more, but {_limit(model)}", field)
+
+
 def output_limit(
     body: SamplingBody, prompt_tokens: int, model: ModelInfo, default: int | None
 ) -> int:

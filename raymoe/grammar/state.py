@@ -75,6 +75,8 @@ def grammar_start(tokenizer: Any, vocab: int, eos_ids: Iterable[int]) -> Grammar
         state = GrammarState(LLMatcher(tokens, grammar, log_level=0), vocab)
         if state.error is None and output_ids:
             state.take(output_ids)
+        if state.error is None and not state.ended and not bool(state.allowed().any()):
+            raise RequestError("nothing satisfies the output's grammar", "response_format")
         if state.error is not None:
             raise RequestError(
                 f"the output's grammar cannot be followed: {state.error}", "response_format"

@@ -148,6 +148,8 @@ def test_health_says_when_requests_may_have_to_wait() -> None:
                 await pool.model_info()
                 answer = await http.get("/health")
                 assert (answer.status_code, answer.json()["status"]) == (200, "degraded")
+                head = await http.head("/health")  # what many load balancers ask
+                assert (head.status_code, head.content) == (200, b"")
                 slow = False
                 assert (await http.get("/health")).json() == {"status": "ok", "routers": 1}
             await pool.close()

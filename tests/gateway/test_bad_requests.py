@@ -353,6 +353,12 @@ def test_both_numbers_are_in_the_sentence() -> None:
     assert all(number in text for number in ("10 ", "60 ", "70", "64"))
     text = said({"prompt": [1] * 70}, context_tokens=1000, kv_capacity_tokens=32)
     assert "KV cache holds 32" in text
+    for body, path in (
+        ({"prompt": "word " * 10_000}, COMPLETIONS),
+        ({"messages": [{"role": "user", "content": "word " * 10_000}]}, CHAT),
+    ):  # known without encoding
+        text = said(body, path, context_tokens=64)
+        assert "tokens or more" in text and "64" in text
 
 
 def test_a_model_without_a_chat_template_says_so() -> None:

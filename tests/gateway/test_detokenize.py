@@ -175,3 +175,9 @@ def test_every_byte_has_its_own_character() -> None:
 
 def test_specials_are_where_the_fixture_says() -> None:
     assert [TINY.token_text(i) for i in range(5)] == SPECIALS
+
+
+@given(st.text(max_size=40))
+def test_a_text_has_at_least_as_many_tokens_as_said(text: str) -> None:
+    for one in (text, text * 5, f"{text}<|end|> {text}"):
+        assert TINY.least_tokens(one) <= len(TINY.encode(one))

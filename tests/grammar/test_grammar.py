@@ -104,6 +104,8 @@ def test_what_it_does_not_allow_is_an_error(start: GrammarStart) -> None:
     assert not allowed[512:].any()  # no token
     state.take(TOKENIZER.encode("a"))
     assert state.error is not None and state.ended
+    with pytest.raises(RequestError, match="cannot be followed"):  # it has no end, so no beginning
+        start(json_schema_grammar({"$ref": "#"}), ())
     with pytest.raises(RequestError, match="cannot be followed"):
         start(regex_grammar("[0-9]{2}"), TOKENIZER.encode("x"))
 
