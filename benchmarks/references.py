@@ -11,17 +11,18 @@ from pathlib import Path
 from typing import Any
 
 Prompts = list[list[int]]
+_PROBE_TOKENS = 16
 
 
-def generate_process(model: str, new_tokens: int, pipe: Any) -> None:
-    """Answers (prompts, (experts implementation, threads)) with tokens/s of `generate`."""
+def generate_process(model: str, pipe: Any) -> None:
+    """Answers (prompts, (implementation, threads), new tokens) with tokens/s of `generate`."""
     import torch
     from transformers import AutoModelForCausalLM
 
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     loaded.generation_config.pad_token_id = 0
     while (task := pipe.recv()) is not None:
-        prompts, (implementation, threads) = task
+        prompts, (implementation, threads), new_tokens = task
         torch.set_num_threads(threads)
         loaded.set_experts_implementation(implementation)
         longest = max(map(len, prompts))
@@ -39,24 +40,21 @@ def generate_process(model: str, new_tokens: int, pipe: Any) -> None:
         pipe.send(len(prompts) * new_tokens / (time.perf_counter() - started))
 
 
-def engine_process(model: str, new_tokens: int, pipe: Any) -> None:
-    """Answers (prompts, threads) with tokens/s of our engine, all experts in this process."""
+def engine_process(model: str, pipe: Any) -> None:
+    """Answers (prompts, threads, new tokens) with tokens/s of our engine, experts included."""
     import torch
 
     from benchmarks.engine import local_engine, run_engine
-    from raymoe.experts.choose import fastest
 
-    engines: dict[int, Any] = {}
+    engine: Any = None
     while (task := pipe.recv()) is not None:
-        prompts, threads = task
-        torch.set_num_threads(threads)
-        if threads not in engines:
-            engines.clear()  # one at a time: each holds every expert
-            fastest.cache_clear()  # what is fastest depends on the threads
-            engines[threads] = local_engine(Path(model))[0]
-            run_engine(engines[threads], prompts, 4)
+        prompts, threads, new_tokens = task
+        if engine is None:  # what kernel is fastest depends on the threads, which stay
+            torch.set_num_threads(threads)
+            engine, _ = local_engine(Path(model))
+            run_engine(engine, prompts, 4)
         started = time.perf_counter()
-        made = run_engine(engines[threads], prompts, new_tokens)
+        made = run_engine(engine, prompts, new_tokens)
         pipe.send(sum(map(len, made)) / (time.perf_counter() - started))
 
 
@@ -65,28 +63,33 @@ class Reference:
 
     def __init__(
         self,
-        target: Callable[[str, int, Any], None],
+        target: Callable[[str, Any], None],
         model: str,
         new_tokens: int,
         variants: tuple[Any, ...],
     ) -> None:
         self.variants = variants
+        self.new_tokens = new_tokens
         context = mp.get_context("spawn")
         self.pipe, other = context.Pipe()
         before = os.environ.pop("OMP_NUM_THREADS", None)  # its best thread count is tried
-        self.process = context.Process(target=target, args=(model, new_tokens, other), daemon=True)
+        self.process = context.Process(target=target, args=(model, other), daemon=True)
         self.process.start()
         if before is not None:
             os.environ["OMP_NUM_THREADS"] = before
 
-    def run(self, prompts: Prompts, variant: Any) -> float:
+    def run(self, prompts: Prompts, variant: Any, new_tokens: int | None = None) -> float:
         """Tokens/s."""
-        self.pipe.send((prompts, variant))
+        self.pipe.send((prompts, variant, new_tokens or self.new_tokens))
         return float(self.pipe.recv())
 
     def best_variant(self, prompts: Prompts) -> Any:
-        """The fastest, best of two runs each."""
-        return max(self.variants, key=lambda v: max(self.run(prompts, v) for _ in range(2)))
+        """The fastest, best of two short runs each."""
+
+        def rate(variant: Any) -> float:
+            return max(self.run(prompts, variant, _PROBE_TOKENS) for _ in range(2))
+
+        return max(self.variants, key=rate)
 
     def stop(self) -> None:
         self.pipe.send(None)
@@ -99,6 +102,6 @@ def generate(model: str, new_tokens: int) -> Reference:
     return Reference(generate_process, model, new_tokens, variants)
 
 
-def in_process(model: str, new_tokens: int, threads: tuple[int, ...] = (1, 2)) -> Reference:
+def in_process(model: str, new_tokens: int, threads: int) -> Reference:
     """Our engine without groups, links and HTTP."""
-    return Reference(engine_process, model, new_tokens, threads)
+    return Reference(engine_process, model, new_tokens, (threads,))

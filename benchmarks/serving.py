@@ -8,8 +8,8 @@ cores, the median of the turns counts. The endpoint streams (one chunk a token a
 `generate` gets its padded batch, its best experts implementation and thread count of those tried.
 Prompts are ragged, 16 to 112 random token ids; 64 new tokens each, greedy.
 
-`--in-process`: our engine with all experts in its own process takes turns too (the better of one
-and two threads). `--closed-loop`: afterwards every stream begins anew when it has ended, for so
+`--in-process`: our engine with all experts in its own process takes turns too, with one and with
+two threads. `--closed-loop`: afterwards every stream begins anew when it has ended, for so
 long, so that prompts come while others decode; time to first token and between tokens of that.
 """
 
@@ -268,7 +268,8 @@ def main() -> None:
     server = Server(args.model, args.groups, args.routers, args.config)
     references = {"generate": generate(args.model, NEW_TOKENS)}
     if args.in_process:
-        references["in_process"] = in_process(args.model, NEW_TOKENS)
+        references["in_process_1"] = in_process(args.model, NEW_TOKENS, 1)
+        references["in_process_2"] = in_process(args.model, NEW_TOKENS, 2)
     results: list[dict[str, Any]] = []
     loops: list[dict[str, float]] = []
     try:
