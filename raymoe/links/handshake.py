@@ -228,7 +228,7 @@ class Initiator(_Side):
         if not isinstance(welcome, dict) or not isinstance(welcome.get("terms"), dict):
             raise HandshakeRefused("the peer does not speak the raymoe handshake")
         expected = self._mac("responder", welcome["terms"])
-        if not hmac.compare_digest(expected, str(welcome.get("mac"))):
+        if not _same(expected, welcome.get("mac")):
             raise HandshakeRefused("wrong secret: the responder's proof does not verify")
         assert self._responder is not None
         self.peer = _with(self._responder, self._offer, welcome["terms"])
@@ -285,7 +285,7 @@ class Responder(_Side):
         if not isinstance(proof, dict) or not isinstance(proof.get("offer"), dict):
             raise HandshakeRefused("the peer does not speak the raymoe handshake")
         expected = self._mac("initiator", proof["offer"])
-        if not hmac.compare_digest(expected, str(proof.get("mac"))):
+        if not _same(expected, proof.get("mac")):
             raise HandshakeRefused("wrong secret: the initiator's proof does not verify")
         assert self._initiator is not None
         self._absorb(data)
@@ -295,6 +295,11 @@ class Responder(_Side):
         self.peer = _with(peer, proof["offer"], terms)
         self.done = True
         return answer
+
+
+def _same(expected: str, shown: Any) -> bool:
+    """Whether the peer's proof is right; as bytes, for of strings only ASCII can be compared."""
+    return hmac.compare_digest(expected.encode(), str(shown).encode("utf-8", "replace"))
 
 
 def refusal(reason: HandshakeRefused) -> bytes:

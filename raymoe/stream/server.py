@@ -235,6 +235,9 @@ class StreamServer:
             self._take(peer, data)
         except LinkError as error:
             self._drop(peer, str(error))
+        except Exception:  # a mistake of ours that a peer has found must not end the router
+            log.exception("a gateway's connection failed")
+            self._drop(peer, "internal error")
 
     def _take(self, peer: GatewayPeer, data: bytes) -> None:
         for body in peer.reader.feed(data):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import threading
 import time
@@ -20,7 +21,7 @@ from raymoe.errors import (
     RouterUnavailable,
 )
 from raymoe.links.handshake import Identity, Initiator
-from raymoe.links.streams import shake_socket
+from raymoe.links.streams import frame, shake_socket
 from raymoe.requests import GenerationRequest, SamplingParams, TokenEvent
 from raymoe.stream import ModelInfo, StreamClient, StreamConfig, StreamServer
 from raymoe.stream.frames import encode
@@ -267,6 +268,25 @@ def test_garbage_instead_of_a_handshake_closes_the_connection(data: bytes) -> No
         assert engine.submitted == []
 
 
+@pytest.mark.parametrize("mac", ["\u00e9" * 64, "\ud800", None, []], ids=repr)
+def test_a_strangers_strange_proof_ends_only_its_own_connection(mac: object) -> None:
+    async def talk(server: StreamServer) -> None:
+        gateway = await Gateway().connect(server)
+        assert gateway.client is not None
+
+    with serving() as (server, _):
+        with _raw(server, shake=False) as sock:
+            sock.settimeout(5)
+            sock.sendall(frame(Initiator(IDENTITY, "gateway", SECRET).start()))
+            assert b"challenge" in sock.recv(4096)
+            sock.sendall(frame(json.dumps({"proof": {"offer": {}, "mac": mac}}).encode()))
+            said = b""
+            while data := sock.recv(4096):
+                said += data
+            assert b"wrong secret" in said
+        asyncio.run(talk(server))
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -280,6 +300,23 @@ def test_garbage_after_the_handshake_drops_the_gateway_and_its_requests(data: by
         sock.sendall(encode(Submit(request=request("a"))) + data)
         wait_for(lambda: "a" in engine.cancelled)
         wait_for(lambda: server.gateways == 0)
+
+
+def test_a_mistake_that_a_gateway_finds_ends_only_its_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(body: bytes) -> None:
+        raise TypeError("not thought of")
+
+    async def talk(server: StreamServer) -> None:
+        await Gateway().connect(server)
+
+    with serving() as (server, _), _raw(server) as sock:
+        with monkeypatch.context() as patch:
+            patch.setattr("raymoe.stream.server.decode", broken)
+            sock.sendall(encode(Submit(request=request("a"))))
+            wait_for(lambda: server.gateways == 0)
+        asyncio.run(talk(server))
 
 
 def test_who_says_nothing_is_closed_and_strangers_are_capped() -> None:
