@@ -1,6 +1,9 @@
 """Experts and groups move under streams: what it costs while it goes on, what it brings.
 
-    python -m benchmarks.elastic [--only migrate grow shift] [--model models/demo] [--streams 8]
+    python -m benchmarks.elastic [--only migrate grow shift day] [--model models/demo] [--streams 8]
+
+For a model in which the experts are nearly everything: `python -m benchmarks.big_model FOLDER`,
+then `--model FOLDER --routers 2 --copy-mb-s 15`.
 
 migrate  one of four groups is drained and brought back, so a quarter of all experts is copied,
          at `--copy-mb-s`: p99 of the gaps between tokens meanwhile against a quiet time
@@ -8,7 +11,10 @@ grow     2 -> 4 groups and back: seconds from the decision to the first replicas
          throughput before, with four, after; failed requests
 shift    one group takes `--slow` times as long, and the traffic turns from one domain to another:
          tokens/s of a static placement, of an EPLB-like one (live, but blind to speeds) and of the
-         controller, in turns on the same machine
+         controller, in turns on the same machine (`--modes` for some of them)
+day      the number of streams rises and falls; group-seconds used with autoscaling and with as many
+         groups as the peak needs, and the gaps between tokens of both. `--slow` holds for all
+         groups, so that they are busy at all
 """
 
 from __future__ import annotations
@@ -18,7 +24,7 @@ import statistics
 import time
 from typing import Any
 
-from benchmarks.live import Load, Server, percentile
+from benchmarks.live import Load, Server, group_bytes, percentile
 from benchmarks.report import finish, table
 
 _MODES: dict[str, dict[str, Any]] = {
@@ -38,9 +44,10 @@ def main() -> None:
     parser.add_argument("--shift-s", type=float, default=30.0, help="each domain serves so long")
     parser.add_argument("--slow", type=float, default=3.0)
     parser.add_argument("--copy-mb-s", type=float, default=1.0)
-    parser.add_argument("--only", nargs="+", choices=["migrate", "grow", "shift"])
+    parser.add_argument("--modes", nargs="+", choices=list(_MODES), default=list(_MODES))
+    parser.add_argument("--only", nargs="+", choices=["migrate", "grow", "shift", "day"])
     args = parser.parse_args()
-    todo = {"migrate": migrate, "grow": grow, "shift": shift}
+    todo = {"migrate": migrate, "grow": grow, "shift": shift, "day": day}
     results = {name: run(args) for name, run in todo.items() if name in (args.only or todo)}
     finish("elastic", vars(args), results)
 
@@ -49,7 +56,7 @@ def migrate(args: argparse.Namespace) -> dict[str, Any]:
     """A quarter of all experts leaves a group, and later comes back."""
     settings = {
         "model": args.model,
-        "groups": [{"count": 4, "memory_bytes": 20_000_000}],
+        "groups": [{"count": 4, "memory_bytes": group_bytes(args.model, 4, 1.6)}],
         "routers": {"count": args.routers},
         "placement": {"copy_bytes_per_s": args.copy_mb_s * 1e6, "live": False},
     }
@@ -85,7 +92,7 @@ def grow(args: argparse.Namespace) -> dict[str, Any]:
     """2 -> 4 -> 2 groups."""
     settings = {
         "model": args.model,
-        "groups": [{"count": 2, "memory_bytes": 30_000_000}],
+        "groups": [{"count": 2, "memory_bytes": group_bytes(args.model, 2, 1.4)}],
         "routers": {"count": args.routers},
     }
     with Server(settings) as server, _load(server, args) as load:
@@ -121,12 +128,14 @@ def grow(args: argparse.Namespace) -> dict[str, Any]:
 def shift(args: argparse.Namespace) -> dict[str, Any]:
     """Tokens/s after the traffic has turned, with one slow group of four."""
     result: dict[str, Any] = {}
-    for name, placement in _MODES.items():
+    room = group_bytes(args.model, 4, 1.6)
+    for name in args.modes:
+        placement = _MODES[name]
         settings = {
             "model": args.model,
             "groups": [
-                {"kind": "fast", "count": 3, "memory_bytes": 20_000_000},
-                {"kind": "slow", "count": 1, "memory_bytes": 20_000_000, "slowdown": args.slow},
+                {"kind": "fast", "count": 3, "memory_bytes": room},
+                {"kind": "slow", "count": 1, "memory_bytes": room, "slowdown": args.slow},
             ],
             "routers": {"count": args.routers},
             "placement": {**placement, "plan_interval_s": 5.0},
@@ -137,16 +146,25 @@ def shift(args: argparse.Namespace) -> dict[str, Any]:
             load.domains = ["code"]
             turned = time.monotonic()
             time.sleep(args.shift_s)
-            speeds = {g["id"]: g["speed"] for g in server.groups().values()}
-            copies = server.get("/status")["copies"]
+            status = server.get("/status")
+            speeds = {g["id"]: g["speed"] for g in status["groups"]}
+            busy = {g["id"]: g["busy"] for g in status["groups"]}
+            replicas = {g["id"]: g["replicas"] for g in status["groups"]}
+            copies = status["copies"]
+            plans = server.get("/placement/history")["plans"]
         result[name] = {
             "tokens_per_s": load.rate(turned, turned + args.shift_s),
+            "before": load.rate(turned - args.shift_s / 2, turned),
             "second_half": load.rate(turned + args.shift_s / 2, turned + args.shift_s),
             "speeds": speeds,
+            "busy": busy,
+            "replicas": replicas,
+            "plans": len(plans),
+            "profile": [router["profile"] for router in status["routers"]],
             "copied": copies["copied"],
             "failed": len(load.failures),
         }
-    base = result["static"]["tokens_per_s"]
+    base = result.get("static", result[args.modes[0]])["tokens_per_s"]
     print(f"shift: one group {args.slow:g} times slower, the traffic turns to another domain")
     rows = [
         (n, r["tokens_per_s"], r["tokens_per_s"] / base, r["second_half"], r["copied"], r["failed"])
@@ -156,8 +174,72 @@ def shift(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+_DAY = (1, 2, 4, 8, 8, 4, 2, 1)  # eighths of --streams at work, for so long each:
+_HOUR_S = 15.0
+
+
+def day(args: argparse.Namespace) -> dict[str, Any]:
+    """A varying load: groups come and go with it, or are there all the time."""
+    result: dict[str, Any] = {}
+    for name, first in (("peak", 4), ("autoscaled", 1)):
+        settings = {
+            "model": args.model,
+            "groups": [
+                {
+                    "count": first,
+                    "min_count": 1,
+                    "max_count": 4,
+                    "memory_bytes": int(1.3 * group_bytes(args.model, 1, 1.0)),
+                    "slowdown": args.slow,
+                }
+            ],
+            "routers": {"count": args.routers},
+            "placement": {
+                "autoscale": {
+                    "enabled": name == "autoscaled",
+                    "up_after_s": 2.0,
+                    "down_after_s": 10.0,
+                    "cool_down_s": 5.0,
+                }
+            },
+        }
+        counts: list[tuple[float, int, float]] = []
+        with Server(settings) as server, _load(server, args) as load:
+            began = time.monotonic()
+            for part in _DAY:
+                load.active = max(1, part * args.streams // 8)
+                until = time.monotonic() + _HOUR_S
+                while time.monotonic() < until:
+                    groups = server.groups().values()
+                    busiest = max(g["busy"] for g in groups)
+                    counts.append((time.monotonic() - began, len(groups), busiest))
+                    time.sleep(0.5)
+            ended = time.monotonic()
+            events = [e for e in server.get("/placement/history")["events"] if "groups" in str(e)]
+        times = [at for at, _, _ in counts] + [ended - began]
+        gaps = load.gaps(began, ended)
+        result[name] = {
+            "group_s": sum(n * (b - a) for (a, n, _), b in zip(counts, times[1:], strict=True)),
+            "most_groups": max(n for _, n, _ in counts),
+            "last_groups": counts[-1][1],
+            "tokens": load.rate(began, ended) * (ended - began),
+            "gap_p50_s": percentile(gaps, 50),
+            "gap_p99_s": percentile(gaps, 99),
+            "longest_gap_s": percentile(gaps, 100),
+            "failed": len(load.failures),
+            "groups": [(round(at), n, busiest) for at, n, busiest in counts[::10]],
+            "events": events[:20],
+        }
+    print("day: streams come and go, and so do groups")
+    header = ("fleet", "group s", "most", "tokens", "gap p50 s", "p99 s", "failed")
+    keys = ("group_s", "most_groups", "tokens", "gap_p50_s", "gap_p99_s", "failed")
+    print(table(header, [(n, *(r[k] for k in keys)) for n, r in result.items()]))
+    return result
+
+
 def _load(server: Server, args: argparse.Namespace) -> Load:
-    return Load(server.port, args.streams, args.tokens, ["scripture", "code", "proofs", "plays"])
+    domains = ["scripture", "code", "proofs", "plays"]
+    return Load(server.port, args.streams, args.tokens, domains, args.model)
 
 
 def _quiet(args: argparse.Namespace) -> tuple[float, float]:

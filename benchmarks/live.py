@@ -24,6 +24,8 @@ from typing import Any
 import numpy as np
 import yaml
 
+from raymoe.checkpoint.reader import read_spec
+
 _SERVE = (sys.executable, "-m", "raymoe.cli", "serve")
 DOMAINS = {
     "scripture": "And it came to pass in those days, that",
@@ -34,9 +36,10 @@ DOMAINS = {
 
 
 class Server:
-    """`raymoe serve` with these settings, as a child process."""
+    """`raymoe serve` with these settings, as a child process. The model is called "demo"."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
+        settings = {**settings, "gateway": {**settings.get("gateway", {}), "model_name": "demo"}}
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = int(probe.getsockname()[1])
@@ -109,9 +112,15 @@ class Stream:
 class Load:
     """`streams` requests at any time, each followed by the next, until the block ends."""
 
-    def __init__(self, port: int, streams: int, tokens: int, domains: list[str]) -> None:
+    def __init__(
+        self, port: int, streams: int, tokens: int, domains: list[str], model: str = ""
+    ) -> None:
+        """`model`: its folder, where prompts.json may have prompts by domain."""
         self._port, self._streams, self._tokens = port, streams, tokens
-        self.domains = domains  # may be changed while it runs
+        self.domains = domains  # may be changed while it runs, and so may
+        self.active = streams  # how many of the streams go on
+        stored = Path(model) / "prompts.json"
+        self._ids = json.loads(stored.read_text()) if model and stored.exists() else None
         self.done: list[Stream] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
@@ -152,16 +161,26 @@ class Load:
     async def _one_after_another(self, number: int) -> None:
         turn = number
         while not self._stop.is_set():
+            if number >= self.active:
+                await asyncio.sleep(0.1)
+                continue
             domain = self.domains[turn % len(self.domains)]
             stream = Stream()
             self.done.append(stream)
             try:
-                await self._ask(f"{DOMAINS[domain]} {turn}", stream)
+                await self._ask(self._prompt(domain, turn), stream)
             except (OSError, asyncio.IncompleteReadError) as e:
                 stream.failed = repr(e)
             turn += self._streams
 
-    async def _ask(self, prompt: str, stream: Stream) -> None:
+    def _prompt(self, domain: str, turn: int) -> str | list[int]:
+        if self._ids is None:
+            return f"{DOMAINS[domain]} {turn}"
+        ids: list[int] = self._ids[domain]
+        at = 16 * turn % (len(ids) - 16)
+        return ids[at : at + 16]
+
+    async def _ask(self, prompt: str | list[int], stream: Stream) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
         body = json.dumps(
             {
@@ -192,6 +211,17 @@ class Load:
         writer.close()
         if not ended and not stream.failed:
             stream.failed = "the stream ended before [DONE]"
+
+
+def model_bytes(model: str) -> int:
+    """What one replica of each expert takes in memory."""
+    spec = read_spec(model)
+    return int(np.array(spec.expert_bytes) @ np.array(spec.experts_of_layer))
+
+
+def group_bytes(model: str, groups: int, times: float) -> int:
+    """Memory of each of so many groups that hold the model so many times, the reserve included."""
+    return int(times * model_bytes(model) / groups) + 2 * max(read_spec(model).expert_bytes)
 
 
 def percentile(values: np.ndarray, part: float) -> float:
