@@ -14,7 +14,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import signal
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -93,6 +95,7 @@ def main() -> None:
     parser.add_argument("--config", help="config file for raymoe serve")
     parser.add_argument("--turns", type=int, default=3)
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server ends too
     vocab = json.loads((Path(args.model) / "config.json").read_text())["vocab_size"]
     server = Server(args.model, args.groups, args.routers, args.config)
     try:

@@ -264,6 +264,7 @@ def main() -> None:
     parser.add_argument("--closed-loop", type=float, default=0.0, metavar="SECONDS")
     args = parser.parse_args()
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server ends too
     vocab = json.loads((Path(args.model) / "config.json").read_text())["vocab_size"]
     server = Server(args.model, args.groups, args.routers, args.config)
     references = {"generate": generate(args.model, NEW_TOKENS)}
@@ -275,6 +276,7 @@ def main() -> None:
     try:
         for streams in args.streams:
             results.append(compare(server, references, args, streams, vocab))
+            print(rates_of(results[-1]), flush=True)
             if args.closed_loop:
                 found = run_closed_loop(
                     server, streams, vocab, *args.prompt_tokens, args.closed_loop
@@ -351,6 +353,12 @@ def compare(
             f"{name}_variant": said(variants[name]),
         }
     return result
+
+
+def rates_of(result: dict[str, Any]) -> str:
+    """One line, so that a run that is ended has said something."""
+    known = {k: v for k, v in result.items() if k.endswith("_per_s") or k.startswith("ratio")}
+    return ", ".join(f"{name} {value:.3g}" for name, value in known.items())
 
 
 def said(variant: Any) -> str:
