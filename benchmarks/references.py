@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 Prompts = list[list[int]]
-_PROBE_TOKENS = 16
 
 
 def generate_process(model: str, pipe: Any) -> None:
@@ -83,11 +82,11 @@ class Reference:
         self.pipe.send((prompts, variant, new_tokens or self.new_tokens))
         return float(self.pipe.recv())
 
-    def best_variant(self, prompts: Prompts) -> Any:
-        """The fastest, best of two short runs each."""
+    def best_variant(self, prompts: Prompts, probe_tokens: int) -> Any:
+        """The fastest, best of two runs each."""
 
         def rate(variant: Any) -> float:
-            return max(self.run(prompts, variant, _PROBE_TOKENS) for _ in range(2))
+            return max(self.run(prompts, variant, probe_tokens) for _ in range(2))
 
         return max(self.variants, key=rate)
 

@@ -260,6 +260,9 @@ def main() -> None:
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--prompt-tokens", type=int, nargs=2, default=[16, 112])
+    parser.add_argument(
+        "--probe-tokens", type=int, default=NEW_TOKENS, help="of the runs that find best settings"
+    )
     parser.add_argument("--in-process", action="store_true", help="the engine alone as well")
     parser.add_argument("--closed-loop", type=float, default=0.0, metavar="SECONDS")
     args = parser.parse_args()
@@ -319,7 +322,9 @@ def compare(
         return ragged_prompts(streams, vocab, *args.prompt_tokens, seed=seed)
 
     first = prompts(streams - 1)
-    variants = {name: each.best_variant(first) for name, each in references.items()}
+    variants = {
+        name: each.best_variant(first, args.probe_tokens) for name, each in references.items()
+    }
     run_endpoint(server, first)
     before = engine_seconds(server)
     turns: list[dict[str, float]] = []
