@@ -227,12 +227,16 @@ class GroupRuntime:
     def _serve(self) -> None:
         poll = self.server.poll
         while not self._closed.is_set():
-            requests = poll(1.0)
-            if len(requests) > 1:
-                self._serve_together(requests)
-            else:
-                for request in requests:
-                    self._serve_one(request)
+            try:
+                requests = poll(1.0)
+                if len(requests) > 1:
+                    self._serve_together(requests)
+                else:
+                    for request in requests:
+                        self._serve_one(request)
+            except Exception:  # a mistake of ours; without this thread the group only seems to live
+                log.exception("group %s did not answer a message", self.id)
+                self._closed.wait(0.01)
 
     def _serve_one(self, request: Request) -> None:
         call = request.call
@@ -317,13 +321,14 @@ class GroupRuntime:
                 joined.weights,
                 joined.out,
             )
+            if not missing:
+                joined.hand_out(requests, mode)
         except Exception:
             missing = [-1]
         if missing:
             for request in requests:
                 self._serve_one(request)
             return
-        joined.hand_out(requests, mode)
         busy_ns = self._busy_ns(started)
         for request in requests:
             share = request.call.pairs / len(joined.token_of_pair)

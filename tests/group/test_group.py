@@ -207,6 +207,33 @@ def test_an_error_inside_compute_fails_the_message_not_the_group(
         client.close()
 
 
+def test_a_mistake_between_two_messages_does_not_end_the_group(
+    spec: ModelSpec,
+    make: Callable[..., GroupRuntime],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    group = make("a")
+    for expert in range(EXPERTS):
+        group.add_from_checkpoint(0, expert)
+    failed = threading.Event()
+
+    def broken(*_: object) -> None:
+        failed.set()
+        raise RuntimeError("not thought of")
+
+    client = make_client()
+    try:
+        client.set_table(table_of([group]))
+        with caplog.at_level(logging.CRITICAL), monkeypatch.context() as patch:
+            patch.setattr(group, "_tally", broken)
+            check(client, spec, 2, 0, 0)
+            assert failed.wait(5)
+        check(client, spec, 2, 0, 0)
+    finally:
+        client.close()
+
+
 def test_slowdown_takes_so_many_times_as_long(make: Callable[..., GroupRuntime]) -> None:
     group = make("a", slowdown=4.0)
     started = group._clocks()
