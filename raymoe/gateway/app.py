@@ -27,7 +27,7 @@ from raymoe.gateway.inbox import ClientGone
 from raymoe.gateway.metrics import CONTENT_TYPE, Registry
 from raymoe.gateway.observe import GatewayMetrics
 from raymoe.gateway.openapi import body_of, describe
-from raymoe.gateway.prompts import chat_text
+from raymoe.gateway.prompts import chat_text, off_loop, weight
 from raymoe.gateway.routes import Serving, chat, complete
 from raymoe.gateway.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from raymoe.gateway.tokenizer import GatewayTokenizer
@@ -129,11 +129,13 @@ def create_app(
         serving.check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise RequestError("give either 'prompt' or 'messages'", "prompt")
-        text = body.prompt if body.prompt is not None else chat_text(body, tokenizer)
+        text = body.prompt
+        if text is None:
+            text = await off_loop(weight(body), chat_text, body, tokenizer)
         special = body.prompt is not None
         if body.add_special_tokens is not None:
             special = body.add_special_tokens
-        ids = tokenizer.encode(text, special)
+        ids = await off_loop(len(text), tokenizer.encode, text, special)
         info = await backend.model_info()
         answer = {"count": len(ids), "max_model_len": info.longest_tokens, "tokens": ids}
         if body.return_token_strs:
@@ -150,7 +152,8 @@ def create_app(
                 raise RequestError(
                     f"token id {token_id} is not in the vocabulary of {info.vocab}", f"tokens[{at}]"
                 )
-        return {"prompt": tokenizer.decode(body.tokens, bool(body.skip_special_tokens))}
+        ids, skip = body.tokens, bool(body.skip_special_tokens)
+        return {"prompt": await off_loop(len(ids), tokenizer.decode, ids, skip)}
 
     @app.head("/health", include_in_schema=False)
     @app.get("/health")

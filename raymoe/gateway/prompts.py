@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 from raymoe.errors import RequestError
 from raymoe.gateway.choice import Choice, TextOptions
@@ -21,8 +23,12 @@ from raymoe.gateway.tokenizer import GatewayTokenizer
 from raymoe.requests import GenerationRequest
 from raymoe.stream.messages import ModelInfo
 
-_LONG_TEXT = 16_384  # characters; from here on encoding leaves the event loop
+_LONG = 16_384  # characters, or what takes about as long; from here on work leaves the event loop
+_MESSAGE = 128  # what the template does with a message, in characters
 
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # Parameters of the library's call, which are not the template's.
 _NOT_FOR_CLIENTS = frozenset(
@@ -60,6 +66,7 @@ async def completion_prompts(
 ) -> list[Prompt]:
     """Raises RequestError or ApiError naming the field."""
     check_body(body, model)
+    size = sum(len(one) for one in body.prompt if isinstance(one, str))
     prompts = []
     for at, prompt in enumerate(body.prompt):
         field = f"prompt[{at}]" if len(body.prompt) > 1 else "prompt"
@@ -67,7 +74,8 @@ async def completion_prompts(
         if text is None:
             ids = prompt
         else:
-            ids = await _encode(tokenizer, text, body.add_special_tokens is not False, field, model)
+            special = body.add_special_tokens is not False
+            ids = await _encode(tokenizer, text, special, field, model, size)
         check_prompt(ids, field, model)
         limit = output_limit(body, len(ids), model, COMPLETION_MAX_TOKENS)
         prompts.append(Prompt(text=text, ids=ids, max_tokens=limit))
@@ -77,9 +85,10 @@ async def completion_prompts(
 async def chat_prompt(body: ChatBody, model: ModelInfo, tokenizer: GatewayTokenizer) -> Prompt:
     """Raises RequestError or ApiError naming the field."""
     check_body(body, model)
-    text = chat_text(body, tokenizer)
+    text = await off_loop(weight(body), chat_text, body, tokenizer)
     # The template writes the special tokens itself.
-    ids = await _encode(tokenizer, text, bool(body.add_special_tokens), "messages", model)
+    special = bool(body.add_special_tokens)
+    ids = await _encode(tokenizer, text, special, "messages", model, len(text))
     check_prompt(ids, "messages", model)
     return Prompt(text=text, ids=ids, max_tokens=output_limit(body, len(ids), model, None))
 
@@ -154,10 +163,29 @@ def make_choices(
 
 
 async def _encode(
-    tokenizer: GatewayTokenizer, text: str, add_special_tokens: bool, field: str, model: ModelInfo
+    tokenizer: GatewayTokenizer,
+    text: str,
+    add_special_tokens: bool,
+    field: str,
+    model: ModelInfo,
+    size: int,
 ) -> tuple[int, ...]:
-    """Raises ApiError for a text that is far too long, without encoding it."""
-    if len(text) < _LONG_TEXT:
-        return tokenizer.encode(text, add_special_tokens)
-    check_length(tokenizer.least_tokens(text), field, model)
-    return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens)
+    """size: characters of the whole request. Raises ApiError for a text that is far too long,
+    without encoding it."""
+    if size >= _LONG:
+        check_length(tokenizer.least_tokens(text), field, model)
+    return await off_loop(size, tokenizer.encode, text, add_special_tokens)
+
+
+def weight(body: ChatBody | TokenizeBody) -> int:
+    """How much work the chat template has, in characters."""
+    messages = body.messages or ()
+    return sum(_MESSAGE + len(one.content or "") for one in messages)
+
+
+async def off_loop(size: int, work: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
+    """The result of `work`; in a thread when `size` (characters) is large, so that the streams of
+    other clients go on."""
+    if size < _LONG:
+        return work(*args, **named)
+    return await asyncio.to_thread(work, *args, **named)

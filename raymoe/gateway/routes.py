@@ -20,7 +20,6 @@ from raymoe.gateway.schemas import ChatBody, CompletionBody, SamplingBody
 from raymoe.gateway.shapes import Shape, usage
 from raymoe.gateway.streaming import EventStream
 from raymoe.gateway.tokenizer import GatewayTokenizer
-from raymoe.stream.messages import ModelInfo
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,18 +48,19 @@ async def complete(serving: Serving, request: Request, body: CompletionBody) -> 
     """POST /v1/completions."""
     serving.check_model(body.model)
     serving.backend.admit(1)  # before the work of encoding
+    per_prompt = max(body.n or 1, body.best_of or 1)
+    _check_count(serving, len(body.prompt), per_prompt)
     model = await serving.backend.model_info()
     prompts = await completion_prompts(body, model, serving.tokenizer)
-    per_prompt = max(body.n or 1, body.best_of or 1)
     best = body.best_of is not None and body.best_of > (body.n or 1)
     shape = Shape("completion", serving.model_name, serving.tokenizer)
     logprobs = body.logprobs
-    choices = _choices(
-        serving,
+    choices = make_choices(
         body,
         prompts,
-        shape,
+        shape.id,
         model,
+        serving.tokenizer,
         per_prompt=per_prompt,
         logprobs=0 if best and logprobs is None else logprobs,
         prompt_logprobs=logprobs if body.echo else None,
@@ -87,16 +87,17 @@ async def chat(serving: Serving, request: Request, body: ChatBody) -> Response:
     """POST /v1/chat/completions."""
     serving.check_model(body.model)
     serving.backend.admit(1)  # before the work of encoding
+    _check_count(serving, 1, body.n or 1)
     model = await serving.backend.model_info()
     prompts = [await chat_prompt(body, model, serving.tokenizer)]
     shape = Shape("chat", serving.model_name, serving.tokenizer, forced_calls(body))
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    choices = _choices(
-        serving,
+    choices = make_choices(
         body,
         prompts,
-        shape,
+        shape.id,
         model,
+        serving.tokenizer,
         per_prompt=body.n or 1,
         logprobs=logprobs,
         prompt_logprobs=None,
@@ -121,39 +122,18 @@ def id_header(request: Request, shape: Shape) -> dict[str, str]:
     return {} if "x-request-id" in request.headers else {"X-Request-Id": shape.id}
 
 
-def _choices(
-    serving: Serving,
-    body: SamplingBody,
-    prompts: list[Prompt],
-    shape: Shape,
-    model: ModelInfo,
-    *,
-    per_prompt: int,
-    logprobs: int | None,
-    prompt_logprobs: int | None,
-    grammar: str | None,
-) -> list[Choice]:
-    count = len(prompts) * per_prompt
+def _check_count(serving: Serving, prompts: int, per_prompt: int) -> None:
+    """Raises ApiError (400) for more outputs than one request may have."""
+    count = prompts * per_prompt
     most = min(serving.max_choices, serving.backend.max_in_flight)
     if count > most:
         raise ApiError(
             400,
-            f"{len(prompts)} prompts with {per_prompt} outputs each are {count}; "
+            f"{prompts} prompts with {per_prompt} outputs each are {count}; "
             f"at most {most} are allowed in one request",
-            "prompt" if len(prompts) > 1 else "n",
+            "prompt" if prompts > 1 else "n",
             "invalid_value",
         )
-    return make_choices(
-        body,
-        prompts,
-        shape.id,
-        model,
-        serving.tokenizer,
-        per_prompt=per_prompt,
-        logprobs=logprobs,
-        prompt_logprobs=prompt_logprobs,
-        grammar=grammar,
-    )
 
 
 def _answer(serving: Serving, choices: list[Choice], prompts: list[Prompt]) -> Answer:
