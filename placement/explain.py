@@ -22,6 +22,10 @@ def explain(plan: Plan, fleet: Fleet, most: int | None = None) -> list[str]:
             f"a plan from scratch gains {gain:.4g} s in {plan.config.horizon_s:g} s; its "
             f"{int(plan.loads.sum())} loads ({plan.loaded_bytes / 1e6:.4g} MB) cost {cost:.4g} s"
         )
+    if plan.mode == "full":
+        gains = np.nan_to_num(plan.layer_before_s - plan.layer_after_s, nan=0.0, posinf=1e300)
+        order = np.argsort(-gains, kind="stable").tolist()
+        lines += [_layer_line(layer, plan, fleet) for layer in order]
     ranked = sorted(plan.changes, key=lambda c: (-c.gain, c.layer, c.expert))
     lines += [_change_line(change, plan, fleet) for change in ranked]
     return lines if most is None else lines[:most]
@@ -35,6 +39,13 @@ def reasons(plan: Plan, fleet: Fleet) -> dict[tuple[int, int, str], str]:
         for o in plan.owed
         if o.kind == "restore"
     }
+    if plan.mode == "full":
+        text = {
+            la: _layer_line(la, plan, fleet)
+            for la in np.flatnonzero(plan.loads.any((1, 2))).tolist()
+        }
+        for layer, expert, group in np.argwhere(plan.loads).tolist():
+            why.setdefault((layer, expert, ids[group]), f"planned from scratch, {text[layer]}")
     for change in plan.changes:
         line = _change_line(change, plan, fleet)
         why[change.layer, change.expert, ids[change.target]] = line
@@ -43,12 +54,28 @@ def reasons(plan: Plan, fleet: Fleet) -> dict[tuple[int, int, str], str]:
     return why
 
 
+def _layer_line(layer: int, plan: Plan, fleet: Fleet) -> str:
+    """What a plan from scratch makes of a layer."""
+    copies = plan.placement.resident[layer].sum(1)
+    before, after = float(plan.layer_before_s[layer]), float(plan.layer_after_s[layer])
+    was = f"{before:.4g} -> " if np.isfinite(before) else ""
+    loads, drops = int(plan.loads[layer].sum()), int(plan.drops[layer].sum())
+    size = loads * int(fleet.expert_bytes[layer])
+    return (
+        f"layer {layer}: {int(np.maximum(copies - 1, 0).sum())} replicas beyond one of each, "
+        f"{loads} to load ({size / 1e6:.3g} MB), {drops} to drop: {was}{after:.4g} s of work per "
+        "second of traffic"
+    )
+
+
 def _owed_line(kind: str, layer: int, expert: int, group: str) -> str:
     name = f"layer {layer} expert {expert}"
     if kind == "restore":
         return f"restore {name} on {group}: it has no other replica"
     if kind == "leave":
         return f"take {name} off {group}: the group is to be emptied"
+    if kind == "budget":
+        return f"take {name} off {group}: spare replicas fill more than the budget"
     return f"take {name} off {group}: the group is over its bytes"
 
 

@@ -14,6 +14,10 @@ _PRIOR = np.array([0.1, 0.6, 0.2, 0.1])  # the blend before anything is known
 _SHIFT = 2.0  # an error so many times the usual one is a change of regime, not noise
 _DOUBT = 0.5  # log-size of the errors expected before any was seen
 _KEEP = 0.97  # how slowly old errors fade from the weights and from the long mean
+_PARTS = 16  # parts of a window that are told apart, at most
+_WINDOWS = 3  # windows whose parts are kept
+_FROM_PARTS = 24  # scenarios made from them
+_DEALT = 4  # times an error is dealt out to other experts, where no parts are known
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,10 +64,17 @@ class Forecaster:
         self._errors: list[Floats] = []
         self._usual: list[float] = []  # sizes of the last errors that were no shift
         self._errors_kept = errors_kept
+        self._parts: list[Floats] = []  # of each window, [P, L, E]: how its parts differed from it
 
-    def update(self, counts: npt.ArrayLike) -> None:
-        """Take in one window's counts [L, E]. Raises PlacementError on NaN or negative ones."""
+    def update(self, counts: npt.ArrayLike, parts: npt.ArrayLike | None = None) -> None:
+        """Take in one window's counts [L, E]. Raises PlacementError on NaN or negative ones.
+
+        parts  counts [P, L, E] of the window's parts, oldest first, when they are known: they show
+               which experts are busy together, and scenarios are then made from them
+        """
         window = check_load(counts, len(self._seen))
+        if parts is not None:
+            self._note_parts(check_load(parts, len(self._seen)))
         totals = window.sum(1)
         active = totals > 0
         if not active.any():
@@ -103,24 +114,60 @@ class Forecaster:
             load=part * scale, scenarios=self._cases(part) * scale, spread=spread * scale
         )
 
+    def _note_parts(self, parts: Floats) -> None:
+        """Keep how the parts of a window, [P, L, E], differ from one another; few are merged."""
+        if len(parts) > _PARTS:
+            starts = np.arange(_PARTS) * len(parts) // _PARTS
+            parts = np.add.reduceat(parts, starts, axis=0)
+        if len(parts) < 4:
+            return
+        totals = parts.sum(2, keepdims=True)
+        share = parts / np.maximum(totals, 1e-300)
+        whole = parts.sum(0) / np.maximum(totals.sum(0), 1e-300)
+        self._parts = [*self._parts, np.where(totals > 0, share - whole, 0.0)][-_WINDOWS:]
+
+    def _from_parts(self) -> Floats | None:
+        """What parts of windows had more or less than their window, [N, L, E], by layer as large
+        as the errors of forecasts are; None when no parts are known."""
+        if not self._parts:
+            return None
+        found = np.concatenate(self._parts)
+        found = found[:: -(-len(found) // _FROM_PARTS)]
+        size = (found**2).mean((0, 2))
+        if self._errors:
+            usual = np.mean([(error**2).mean(1) for error in self._errors[-_WINDOWS:]], axis=0)
+        else:
+            usual = size / 4
+        factor = np.sqrt(usual / np.maximum(size, 1e-300))
+        scaled: Floats = found * factor[:, None]
+        return scaled
+
     def _cases(self, part: Floats) -> Floats:
         """The load as it may turn out, [M, L, E] parts, the most telling last.
 
-        Past errors as they were, each followed by the same error dealt out to other experts: what
-        hit one expert may hit another. Before anything is known, errors of a usual size.
+        Past errors as they were. With them what parts of past windows had more or less than the
+        whole, which shows what goes up together; where that is not known, past errors dealt out
+        to other experts: what hit one may hit another. Before anything is known, errors of a
+        usual size.
         """
         rng = np.random.default_rng(self._seed)
         layers, experts = part.shape
-        errors = list(self._errors)
-        while len(errors) < 3:
+        errors, found = list(self._errors), self._from_parts()
+        while found is None and len(errors) < 3:
             guess = rng.lognormal(-(_DOUBT**2) / 2, _DOUBT, part.shape)
             errors.insert(0, part * (guess - 1) + 0.2 * (rng.exponential(1 / experts, part.shape)))
-        cases = []
+        more: list[Floats] = []
+        cases: list[Floats] = []
+        if found is not None:
+            more = [part + some for some in found]
         root = np.sqrt(np.maximum(part, 0.1 / experts))  # errors grow like the root of the load
         for error in errors:
-            order = rng.permuted(np.tile(np.arange(experts), (layers, 1)), axis=1)
-            dealt = np.take_along_axis(error / root, order, 1) * root
-            cases += [part + dealt, part + error]
+            for turn in range(_DEALT if found is None else 0):
+                order = rng.permuted(np.tile(np.arange(experts), (layers, 1)), axis=1)
+                dealt = np.take_along_axis(error / root, order, 1) * root
+                (cases if turn == 0 else more).append(part + dealt)
+            cases.append(part + error)
+        cases = more + cases
         out = np.maximum(np.stack(cases), 0)
         out /= np.maximum(out.sum(2, keepdims=True), 1e-300)
         return np.where(part.sum(1, keepdims=True) > 0, out, 0.0)

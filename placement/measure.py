@@ -14,6 +14,7 @@ from placement.types import Bools, Fleet, Floats, Placement, check_load
 
 _TRAFFIC_S = 10.0  # what the autoscaler sees is averaged over about so long
 _CAUTION_MOST = 16.0
+_REPORTS = 32  # kept apart, at most, of a window still too small; an even number
 
 
 class Traffic:
@@ -23,6 +24,7 @@ class Traffic:
         self.forecaster = Forecaster(layers, experts)
         self._min_tokens = min_tokens
         self._pending = np.zeros((layers, experts))  # counts of a window still too small
+        self._reports: list[Floats] = []  # what it is made of
         self._pending_s = 0.0
         self.rate = np.zeros((layers, experts))  # pairs/s, averaged over some seconds
         self._seen_s = 0.0
@@ -31,6 +33,10 @@ class Traffic:
         """Take in counts [L, E] of so many seconds; the load in pairs/s when a window is whole."""
         counts = check_load(counts, len(self._pending))
         self._pending += counts
+        if counts.any():
+            self._reports.append(counts.copy())
+        if len(self._reports) >= _REPORTS:
+            self._reports = [a + b for a, b in zip(*[iter(self._reports)] * 2, strict=True)]
         self._pending_s += seconds
         # a plain mean at first, then an exponential one
         self._seen_s += seconds
@@ -39,8 +45,9 @@ class Traffic:
         if self._pending.sum(1).max() < self._min_tokens:
             return None
         window = self._pending / self._pending_s
-        self.forecaster.update(window)
+        self.forecaster.update(window, np.stack(self._reports) if self._reports else None)
         self._pending = np.zeros_like(window)
+        self._reports = []
         self._pending_s = 0.0
         return window
 

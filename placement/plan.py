@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from placement.errors import PlacementError
@@ -36,11 +37,12 @@ class PlanConfig:
     polish: int = 36
 
     def __post_init__(self) -> None:
-        if not self.horizon_s > 0:
+        if not (self.horizon_s > 0 and math.isfinite(self.horizon_s)):
             raise PlacementError(f"horizon_s is {self.horizon_s}; it must be positive")
         for name in ("move_cost", "margin", "batches_per_s"):
-            if not getattr(self, name) >= 0:
-                raise PlacementError(f"{name} is {getattr(self, name)}; it must be >= 0")
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise PlacementError(f"{name} is {value}; it must be a number from 0 up")
         for name in ("interval_bytes", "budget_bytes"):
             if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise PlacementError(f"{name} is negative; give bytes, or leave it out")

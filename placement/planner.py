@@ -10,7 +10,7 @@ from placement.forecast import Forecast
 from placement.plan import Plan, PlanConfig
 from placement.pour import even_shares
 from placement.problem import Problem
-from placement.repair import Owed, repair
+from placement.repair import Owed, repair, thin_out
 from placement.scratch import from_scratch
 from placement.search import Searcher
 from placement.survive import check_survives
@@ -62,6 +62,8 @@ def delta_plan(
     cases = problem.cases(problem.case_count())
     resident = current.resident.copy()
     owed = repair(resident, fleet, problem.present, problem.load, problem.staying)
+    if config.budget_bytes is not None:
+        owed += thin_out(resident, fleet, problem.load, config.budget_bytes)
     limit = np.inf if config.interval_bytes is None else float(config.interval_bytes)
     limit -= sum(o.loaded_bytes for o in owed)  # what is owed is loaded in any case
     rounds = problem.rounds(2)

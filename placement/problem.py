@@ -76,7 +76,7 @@ class Problem:
 
     def case_count(self) -> int:
         """Scenarios to weigh: fewer on large fleets, where pouring them takes the time."""
-        return 12 if self._cells < _SMALL else 3 if self._cells < 1_500_000 else 1
+        return 30 if self._cells < _SMALL else 3 if self._cells < 1_500_000 else 1
 
     def rounds(self, cut: int) -> int:
         """Fewer search rounds on large fleets: the next delta plan goes on from there."""

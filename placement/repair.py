@@ -18,7 +18,7 @@ from placement.types import Bools, Fleet, Floats, Ints, bytes_by_group
 class Owed:
     """A replica that had to be placed (`placed`) or given up, whatever it gains."""
 
-    kind: str  # "restore", "leave", "shrink"
+    kind: str  # "restore", "leave", "shrink", "budget"
     layer: int
     expert: int
     group: int
@@ -47,6 +47,27 @@ def repair(
         for i in np.lexsort((-weight, -size)).tolist():
             layer, expert = (int(v) for v in missing[i])
             _restore(resident, fleet, load, busy, held, budget, layer, expert, owed)
+    return owed
+
+
+def thin_out(resident: Bools, fleet: Fleet, load: Floats, extra_bytes: int) -> list[Owed]:
+    """Drop spare replicas, in place, until they fill at most `extra_bytes` beyond one of each.
+
+    Those that carry least for their bytes go first.
+    """
+    owed: list[Owed] = []
+    size = fleet.expert_bytes
+    spare = np.maximum(resident.sum(2, dtype=np.int64) - 1, 0)  # [L, E]
+    over = int((spare.sum(1) * size).sum()) - extra_bytes
+    while over > 0:
+        part = np.where(spare > 0, load / (spare + 1) / size[:, None], np.inf)
+        layer, expert = (int(i) for i in np.unravel_index(part.argmin(), part.shape))
+        hosts = np.flatnonzero(resident[layer, expert])
+        group = int(hosts[fleet.pair_rate[hosts].argmin()])
+        resident[layer, expert, group] = False
+        spare[layer, expert] -= 1
+        over -= int(size[layer])
+        owed.append(Owed(kind="budget", layer=layer, expert=expert, group=group))
     return owed
 
 

@@ -94,6 +94,11 @@ class Fleet:
                 f"experts_of_layer names {len(self.experts_of_layer)} layers, expert_bytes "
                 f"{self.layers}: make them agree"
             )
+        if self.experts_of_layer and min(self.experts_of_layer) < 1:
+            raise PlacementError(
+                "experts_of_layer must name at least one expert in every layer: leave out layers "
+                "that have none"
+            )
         if self.survive not in SURVIVE:
             raise PlacementError(f"survive is {self.survive!r}; choose one of {', '.join(SURVIVE)}")
         if self.reserve_bytes < 0:

@@ -11,6 +11,7 @@ from placement.forecast import forecast_windows
 from placement.plan import Plan, PlanConfig
 from placement.planner import make_plan
 from raymoe.plan_files import (
+    check_counts,
     parse_bytes,
     read_counts,
     read_fleet,
@@ -55,6 +56,7 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
 def run_plan(args: argparse.Namespace) -> int:
     counts = read_counts(args.load)
     fleet, notes = read_fleet(args.fleet, counts.shape[1])
+    check_counts(counts, fleet)
     window_s, said = window_seconds(args.window_s, counts, fleet)
     notes += said
     current = read_placement(args.current, counts, fleet) if args.current else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from typing import Any
 
 from placement.autoscale import Autoscaler, ScaleConfig, fleet_for
@@ -13,7 +14,7 @@ from placement.reconcile import ReconcileConfig
 from placement.simulate import Event, Report, simulate
 from placement.types import Fleet
 from raymoe.cli_plan import add_inputs
-from raymoe.plan_files import read_counts, read_fleet, read_kinds, window_seconds
+from raymoe.plan_files import check_counts, read_counts, read_fleet, read_kinds, window_seconds
 
 
 def add_simulate_parser(subparsers: Any) -> None:
@@ -54,9 +55,10 @@ def add_simulate_parser(subparsers: Any) -> None:
 def run_simulate(args: argparse.Namespace) -> int:
     counts = read_counts(args.load)
     fleet, notes = read_fleet(args.fleet, counts.shape[1])
+    check_counts(counts, fleet)
     window_s, said = window_seconds(args.window_s, counts, fleet)
     notes += said
-    events = tuple(_event(text, fleet) for text in args.event)
+    events = tuple(_event(text, fleet, len(counts)) for text in args.event)
     plan = PlanConfig(horizon_s=args.horizon_s, move_cost=args.move_cost, margin=args.margin)
     if args.batches < 1:
         raise PlacementError("--batches must be at least 1")
@@ -103,6 +105,8 @@ def _scaling(args: argparse.Namespace, window_s: float) -> ScaleConfig:
     if not args.start_s >= 0:
         raise PlacementError("--start-s must be 0 or more")
     patience_s = 2 * window_s if args.patience_s is None else args.patience_s
+    if not patience_s >= 0:
+        raise PlacementError("--patience-s must be 0 or more")
     return ScaleConfig(
         target=args.target,
         high=args.target + min(0.2, (1 - args.target) / 2),
@@ -115,19 +119,25 @@ def _scaling(args: argparse.Namespace, window_s: float) -> ScaleConfig:
     )
 
 
-def _event(text: str, fleet: Fleet) -> Event:
+def _event(text: str, fleet: Fleet, windows: int) -> Event:
     parts = text.split(":")
     try:
         window, kind, group = int(parts[0]), parts[1], parts[2]
         factor = float(parts[3]) if len(parts) > 3 else 1.0
+        if len(parts) > (4 if kind == "slow" else 3):
+            raise ValueError
     except (IndexError, ValueError):
         raise PlacementError(
             f"event {text!r} is not WINDOW:KIND:GROUP[:FACTOR], e.g. 5:slow:g0:0.7"
         ) from None
     if group not in fleet.ids:
         raise PlacementError(f"event {text!r} names a group the fleet lacks")
-    if not factor > 0:
-        raise PlacementError(f"event {text!r}: the factor must be positive")
+    if not (factor > 0 and math.isfinite(factor)):
+        raise PlacementError(f"event {text!r}: the factor must be a positive number")
+    if not 0 <= window < windows:
+        raise PlacementError(
+            f"event {text!r}: there is no window {window}, they go from 0 to {windows - 1}"
+        )
     return Event(window=window, kind=kind, group=group, value=factor)
 
 

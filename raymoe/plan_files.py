@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +34,8 @@ def read_counts(path: str) -> npt.NDArray[np.float64]:
             f"{path} holds {sorted(arrays) or 'nothing'}; it must hold `counts` "
             "[windows, layers, experts]"
         )
+    if np.iscomplexobj(arrays["counts"]):
+        raise PlacementError(f"counts in {path} are complex numbers; give whole ones")
     counts = check_load(arrays["counts"])
     if counts.ndim != 3 or not counts.size:
         raise PlacementError(
@@ -52,7 +56,10 @@ def read_placement(path: str, counts: npt.NDArray[np.float64], fleet: Fleet) -> 
             raise PlacementError(
                 f"{name} in {path} has shape {arrays[name].shape}; counts and fleet need {want}"
             )
-    share = check_load(arrays["share"])
+    share = arrays["share"]
+    if share.dtype.kind not in "biuf" or not np.isfinite(share).all() or (share < 0).any():
+        raise PlacementError(f"share in {path} must be numbers from 0 up")
+    share = share.astype(np.float64)
     return Placement(resident=arrays["resident"].astype(np.bool_), share=share)
 
 
@@ -66,14 +73,17 @@ def write_placement(path: str, placement: Placement) -> None:
 
 def _read_npz(path: str) -> dict[str, npt.NDArray[Any]]:
     try:
-        with np.load(path, allow_pickle=False) as data:
-            if isinstance(data, np.ndarray):
-                raise PlacementError(f"{path} is one array; give an .npz file")
-            return {name: data[name] for name in data.files}
+        data = np.load(path, allow_pickle=False)
+        if not isinstance(data, np.ndarray):
+            with data:
+                return {name: data[name] for name in data.files}
     except FileNotFoundError:
         raise PlacementError(f"{path} does not exist") from None
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, EOFError, BadZipFile) as error:
         raise PlacementError(f"{path} is not an .npz file: {error}") from None
+    except ValueError:  # numpy's own sentence advises to load it unsafely
+        raise PlacementError(f"{path} is not an .npz file of plain arrays") from None
+    raise PlacementError(f"{path} is one array; give an .npz file")
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
@@ -108,7 +118,7 @@ def read_fleet(path: str, layers: int) -> tuple[Fleet, list[str]]:
     fleet = Fleet(
         groups=groups,
         expert_bytes=_expert_bytes(data["expert_bytes"], layers, path),
-        experts_of_layer=tuple(data.get("experts_of_layer", ())),
+        experts_of_layer=_experts_of_layer(data.get("experts_of_layer"), path),
         survive=str(data.get("survive", "none")),
         reserve_bytes=_integer(data.get("reserve_bytes", 0), "reserve_bytes", path),
         tokens_per_s=_number(data.get("tokens_per_s", DEFAULT_TOKENS_PER_S), "tokens_per_s", path),
@@ -185,6 +195,24 @@ def _expert_bytes(value: Any, layers: int, path: str) -> npt.NDArray[np.int64]:
     return np.array([_integer(size, "expert_bytes", path) for size in sizes], np.int64)
 
 
+def _experts_of_layer(value: Any, path: str) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not value:
+        raise PlacementError(f"{path}: experts_of_layer must be a list, one number a layer")
+    return tuple(_integer(count, "experts_of_layer", path, "numbers") for count in value)
+
+
+def check_counts(counts: npt.NDArray[np.float64], fleet: Fleet) -> None:
+    """Raises PlacementError when tokens were counted for experts that a layer does not have."""
+    layer, expert = np.nonzero(counts.any(0) & ~fleet.present(counts.shape[2]))
+    if len(layer):
+        raise PlacementError(
+            f"the load has tokens for expert {expert[0]} of layer {layer[0]}, which "
+            f"experts_of_layer says has {fleet.experts_of_layer[layer[0]]}: make them agree"
+        )
+
+
 def _refuse_unknown(data: dict[str, Any], known: set[str], where: str) -> None:
     unknown = sorted(set(map(str, data)) - known)
     if unknown:
@@ -204,10 +232,10 @@ def _number(value: Any, name: str, where: str) -> float:
     return float(value)
 
 
-def _integer(value: Any, name: str, where: str) -> int:
+def _integer(value: Any, name: str, where: str, what: str = "bytes") -> int:
     number = _number(value, name, where)
     if not number.is_integer():
-        raise PlacementError(f"{where}: {name} is {value!r}; give whole bytes")
+        raise PlacementError(f"{where}: {name} is {value!r}; give whole {what}")
     return int(number)
 
 
@@ -221,7 +249,7 @@ def parse_bytes(text: str) -> int:
     unit = stripped[len(number) :].strip().upper()
     try:
         return int(float(number) * units[unit])
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, OverflowError):
         raise PlacementError(f"{text!r} is no number of bytes; write e.g. 1500 or 2GiB") from None
 
 
@@ -230,8 +258,8 @@ def window_seconds(
 ) -> tuple[float, list[str]]:
     """Seconds a window took; when not given, what a level fleet would need for the busiest one."""
     if given is not None:
-        if not given > 0:
-            raise PlacementError("--window-s must be positive")
+        if not (given > 0 and math.isfinite(given)):
+            raise PlacementError("--window-s must be a positive number of seconds")
         return given, []
     seconds = float(counts.sum((1, 2)).max()) / float(fleet.pair_rate.sum())
     if seconds <= 0:

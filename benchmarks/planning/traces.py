@@ -11,6 +11,7 @@ FAMILIES = {  # prefix: experts, tokens a window, bytes of one expert as publish
     "dsv2lite": (64, 1024, 3 * 2048 * 1408 * 2),  # bf16
     "gptoss20b": (32, 2048, 3 * 2880 * 2880 * 17 // 32),  # MXFP4: 4.25 bits a weight
 }
+PARTS = 16  # of a window
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -19,26 +20,33 @@ class Trace:
     windows: np.ndarray  # int64 [W, L, E]
     expert_bytes: int
     groups: int
+    parts: np.ndarray | None = None  # int64 [W, P, L, E], what each window was made of
 
 
 def load_traces(folder: Path) -> list[Trace]:
     """Every file as a trace, and each family's files one after the other as a drifting one."""
     traces = []
     for prefix, (experts, tokens, size) in FAMILIES.items():
-        parts = []
+        whole = []
         for path in sorted(folder.glob(f"{prefix}*.npz")):
             ids = np.load(path)["ids"]
-            parts.append(ids)
+            whole.append(ids)
             if len(ids) >= 5 * tokens:
-                windows = count_windows(ids, experts, tokens)
-                traces.append(Trace(name=path.stem, windows=windows, expert_bytes=size, groups=8))
+                traces.append(trace_of(path.stem, ids, experts, tokens, size))
             else:
                 print(f"({path.stem}: {len(ids)} tokens, under 5 windows: only in the drift trace)")
-        if parts:
-            windows = count_windows(np.concatenate(parts), experts, tokens)
-            name = f"{prefix} drift ({len(parts)} files)"
-            traces.append(Trace(name=name, windows=windows, expert_bytes=size, groups=8))
+        if whole:
+            name = f"{prefix} drift ({len(whole)} files)"
+            traces.append(trace_of(name, np.concatenate(whole), experts, tokens, size))
     return traces
+
+
+def trace_of(name: str, ids: np.ndarray, experts: int, tokens: int, size: int) -> Trace:
+    """Windows of so many tokens, and each in 16 parts, as a controller's reports would have it."""
+    count = len(ids) // tokens
+    parts = count_windows(ids[: count * tokens], experts, tokens // PARTS)
+    parts = parts.reshape(count, PARTS, *parts.shape[1:])
+    return Trace(name=name, windows=parts.sum(1), expert_bytes=size, groups=8, parts=parts)
 
 
 def count_windows(ids: np.ndarray, experts: int, tokens: int) -> np.ndarray:

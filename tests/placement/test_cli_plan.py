@@ -78,6 +78,22 @@ def test_the_budget_limits_extra_replicas(files, capsys):
     assert json.loads(capsys.readouterr().out)["extra_replicas"] <= 2
 
 
+def test_a_smaller_budget_takes_replicas_away(files, capsys):
+    (files / "fleet.yaml").write_text(FLEET.replace("120", "240"))
+    np.savez(files / "now.npz", resident=np.ones((2, 12, 3), bool), share=np.ones((2, 12, 3)) / 3)
+    words = ("--current", files / "now.npz", "--mode", "delta", "--explain", "--json")
+    assert call("plan", *inputs(files), *words, "--budget", "40B") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["mode"] == "delta" and answer["extra_replicas"] <= 4 and answer["drops"] >= 44
+    assert any("more than the budget" in line for line in answer["reasons"])
+
+
+def test_a_plan_from_scratch_is_explained_by_layer(files, capsys):
+    assert call("plan", *inputs(files), "--mode", "full", "--explain") == 0
+    said = capsys.readouterr().out
+    assert all(f"layer {layer}: " in said for layer in range(2)) and "beyond one of each" in said
+
+
 def test_simulate_prints_and_answers_json(files, capsys):
     more = ("--event", "2:slow:a:0.5", "--event", "3:lose:c", "--static")
     assert call("simulate", *inputs(files), *more) == 0
@@ -119,6 +135,8 @@ def test_impossible_fleets_end_with_a_sentence(files, fleet, says):
         ({"counts": np.full((1, 2, 12), np.nan)}, "NaN"),
         ({"counts": np.full((1, 2, 12), -1)}, "negative"),
         ({"counts": np.full((1, 2, 12), "x")}, "numbers"),
+        ({"counts": np.full((1, 2, 12), 1j)}, "complex"),
+        ({"counts": np.array([None])}, "plain arrays"),
     ],
 )
 def test_impossible_counts_end_with_a_sentence(files, arrays, says):
@@ -132,6 +150,9 @@ def test_missing_and_broken_files_end_with_a_sentence(files):
         call("plan", "--load", files / "no.npz", "--fleet", files / "fleet.yaml")
     with pytest.raises(PlacementError, match="cannot read"):
         call("plan", "--load", files / "counts.npz", "--fleet", files / "no.yaml")
+    np.save(files / "one.npy", np.ones((1, 2, 12)))
+    with pytest.raises(PlacementError, match=r"one array; give an \.npz"):
+        call("plan", "--load", files / "one.npy", "--fleet", files / "fleet.yaml")
     (files / "counts.npz").write_text("hello")
     with pytest.raises(PlacementError, match=r"not an \.npz"):
         call("plan", *inputs(files))
@@ -143,7 +164,51 @@ def test_a_current_placement_of_another_fleet_is_refused(files):
         call("plan", *inputs(files), "--current", files / "now.npz")
 
 
-@pytest.mark.parametrize("event", ["x", "1:slow", "1:slow:zz", "1:slow:a:0", "1:explode:a"])
+def test_a_current_placement_with_shares_that_are_none_is_refused(files):
+    start = np.ones((2, 12, 3))
+    np.savez(files / "now.npz", resident=start > 0, share=start * np.nan)
+    with pytest.raises(PlacementError, match="share in"):
+        call("plan", *inputs(files), "--current", files / "now.npz")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("12", "must be a list"),
+        ("[12, x]", "not a number"),
+        ("[12, 0]", "at least one expert"),
+        ("[12]", "make them agree"),
+        ("[12, 11]", "expert 11 of layer 1"),
+    ],
+)
+def test_experts_of_layer_must_agree_with_the_load(files, words, says):
+    path = files / "fleet.yaml"
+    path.write_text(path.read_text() + f"experts_of_layer: {words}\n")
+    for command in ("plan", "simulate"):
+        with pytest.raises(PlacementError, match=says):
+            call(command, *inputs(files))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("plan", "--budget", "inf"),
+        ("plan", "--horizon-s", "inf"),
+        ("plan", "--move-cost", "inf"),
+        ("plan", "--margin", "nan"),
+        ("plan", "--window-s", "inf"),
+        ("simulate", "--autoscale", "--patience-s", "nan"),
+    ],
+)
+def test_impossible_numbers_are_refused(files, words):
+    with pytest.raises(PlacementError):
+        call(words[0], *inputs(files), *words[1:])
+
+
+IMPOSSIBLE = ("x", "1:slow", "1:slow:zz", "1:slow:a:0", "1:slow:a:inf", "1:explode:a", "99:lose:a")
+
+
+@pytest.mark.parametrize("event", [*IMPOSSIBLE, "1:lose:a:7", "1:slow:a:0.5:3"])
 def test_impossible_events_are_refused(files, event):
     with pytest.raises(PlacementError):
         call("simulate", *inputs(files), "--event", event)
