@@ -153,7 +153,7 @@ class Forecaster:
         rng = np.random.default_rng(self._seed)
         layers, experts = part.shape
         errors, found = list(self._errors), self._from_parts()
-        while found is None and len(errors) < 3:
+        while len(errors) < 3:
             guess = rng.lognormal(-(_DOUBT**2) / 2, _DOUBT, part.shape)
             errors.insert(0, part * (guess - 1) + 0.2 * (rng.exponential(1 / experts, part.shape)))
         more: list[Floats] = []

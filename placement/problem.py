@@ -15,7 +15,8 @@ from placement.search import Change, Searcher
 from placement.types import Bools, Fleet, Floats, Ints, bytes_by_group
 
 _SMALL = 100_000  # replicas that might be: up to here every plan is polished
-_DEAR = 6.0  # margins: what is found by chance fits the scenarios it was found on
+_CASES, _WORK = 30, 400_000  # scenarios at most, and replicas times scenarios on small fleets
+_DEAR = 4.0  # margins: what is found by chance fits the scenarios it was found on
 
 
 class Problem:
@@ -76,7 +77,9 @@ class Problem:
 
     def case_count(self) -> int:
         """Scenarios to weigh: fewer on large fleets, where pouring them takes the time."""
-        return 30 if self._cells < _SMALL else 3 if self._cells < 1_500_000 else 1
+        if self._cells < _SMALL:
+            return int(min(_CASES, _WORK // max(self._cells, 1)))
+        return 3 if self._cells < 1_500_000 else 1
 
     def rounds(self, cut: int) -> int:
         """Fewer search rounds on large fleets: the next delta plan goes on from there."""

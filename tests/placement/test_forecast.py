@@ -81,7 +81,7 @@ def moods(rng, count, experts=8, tokens=512):
 
 def test_parts_of_windows_show_what_is_busy_together():
     rng = np.random.default_rng(5)
-    parts = moods(rng, 4)
+    parts = moods(rng, 8)
     known, unknown = Forecaster(1, 8), Forecaster(1, 8)
     for window in parts:
         known.update(window.sum(0), window)
