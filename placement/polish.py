@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from placement.dwell import Held
+from placement.layout import Layout
 from placement.pour import host_lists, pour
 from placement.score import layer_score
 from placement.types import Bools, Floats, Ints
@@ -53,36 +53,18 @@ class _Tries:
 
 
 class Polisher:
-    """The layout being polished; `resident` [L, E, G] and `room` [G] change in place.
+    """Changes the layout it is given, in place.
 
-    load      float64 [L, M, E] scenarios in pairs/s; rate, base [G] as for the search
-    room      int64 [G], bytes still free; size int64 [L]
-    price     float64 [G], what loading a byte costs; margin: least gain over it, as a part
-    allowed   bool [G], groups that may receive replicas
-    node      int [G], given when no change shall bring all copies of an expert onto one node
+    With `layout.node` no change brings all copies of an expert onto one node.
     """
 
-    def __init__(
-        self,
-        *,
-        load: Floats,
-        resident: Bools,
-        allowed: Bools,
-        room: Ints,
-        size: Ints,
-        rate: Floats,
-        base: Floats,
-        price: Floats,
-        margin: float,
-        byte_limit: float = np.inf,
-        node: Ints | None = None,
-        held: Held | None = None,
-        seed: int = 0,
-    ) -> None:
-        self.load, self.resident, self.allowed = load, resident, allowed
-        self.room, self.size, self.rate, self.base = room, size, rate, base
-        self.price, self.margin, self.byte_limit = price, margin, byte_limit
-        self.node, self.held = node, held
+    def __init__(self, layout: Layout, seed: int = 0) -> None:
+        load, resident = layout.load, layout.resident
+        rate, base = layout.rate, layout.base
+        self.load, self.resident, self.allowed = load, resident, layout.allowed
+        self.room, self.size, self.rate, self.base = layout.room, layout.size, rate, base
+        self.price, self.margin, self.byte_limit = layout.price, layout.margin, layout.byte_limit
+        self.node, self.held = layout.node, layout.held
         self.layers, self.cases, self.experts = load.shape
         self.groups = len(rate)
         self.loaded = 0

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from placement.dwell import Held
 from placement.errors import PlacementError
 from placement.forecast import Forecast
+from placement.layout import Layout
 from placement.plan import PlanConfig
 from placement.polish import Polisher
 from placement.pour import host_lists, pour
@@ -102,7 +105,7 @@ class Problem:
         if self.config.budget_bytes is not None:
             one_each = int((self.present.sum(1) * self.size).sum())
             pool = max(float(self.config.budget_bytes + one_each - held.sum()), 0.0)
-        searcher = Searcher(
+        layout = Layout(
             load=cases,
             resident=resident,
             allowed=self.staying,
@@ -113,31 +116,19 @@ class Problem:
             price=price,
             margin=margin,
             byte_limit=limit,
-            pool=pool,
             node=self._nodes(),
             held=dwelling,
         )
+        searcher = Searcher(layout, pool)
         searcher.run(rounds)
         if rounds and self.config.polish and self._cells < _SMALL:
-            self._polish(searcher, dwelling)
+            self._polish(searcher, layout)
         return searcher
 
-    def _polish(self, searcher: Searcher, dwelling: Held | None) -> None:
+    def _polish(self, searcher: Searcher, layout: Layout) -> None:
         """Small changes at random on top of what the search found; dear ones only."""
-        polisher = Polisher(
-            load=searcher.load,
-            resident=searcher.resident,
-            allowed=self.staying,
-            room=searcher.room,
-            size=self.size,
-            rate=self.rate,
-            base=self.base,
-            price=searcher.price,
-            margin=_DEAR * searcher.margin,
-            byte_limit=searcher.byte_limit - searcher.loaded,
-            node=searcher.node,
-            held=dwelling,
-        )
+        left = layout.byte_limit - searcher.loaded
+        polisher = Polisher(replace(layout, margin=_DEAR * layout.margin, byte_limit=left))
         polisher.run(self.config.polish)
         searcher.score = polisher.score
         searcher.loaded += polisher.loaded

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from placement.dwell import Held
 from placement.gains import Gains
+from placement.layout import Layout
 from placement.pour import Poured
 from placement.score import powered
 from placement.types import Bools, Floats, Ints
@@ -40,28 +40,14 @@ class Proposal:
 
 class Proposer:
     """Looks at a layout that its searcher changes: all arrays are shared, none is written but
-    `fails`. For their meaning see Searcher; tabu bool [L, E, G], fails int64 [L]."""
+    `fails`. tabu bool [L, E, G], fails int64 [L]."""
 
-    def __init__(
-        self,
-        *,
-        load: Floats,
-        resident: Bools,
-        allowed: Bools,
-        room: Ints,
-        size: Ints,
-        rate: Floats,
-        price: Floats,
-        margin: float,
-        node: Ints | None,
-        held: Held | None,
-        tabu: Bools,
-        fails: Ints,
-    ) -> None:
-        self.load, self.resident, self.allowed = load, resident, allowed
-        self.room, self.size, self.rate = room, size, rate
-        self.price, self.margin, self.node = price, margin, node
-        self._held, self._tabu, self.fails = held, tabu, fails
+    def __init__(self, layout: Layout, tabu: Bools, fails: Ints) -> None:
+        load, resident, rate = layout.load, layout.resident, layout.rate
+        self.load, self.resident, self.allowed = load, resident, layout.allowed
+        self.room, self.size, self.rate = layout.room, layout.size, rate
+        self.price, self.margin, self.node = layout.price, layout.margin, layout.node
+        self._held, self._tabu, self.fails = layout.held, tabu, fails
         layers, _, experts = load.shape
         self._groups = len(rate)
         self._mean_load = load.mean(1)

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from placement.dwell import Held
+from placement.layout import Layout
 from placement.pour import Poured, host_lists, merge, pour
 from placement.propose import FAILS, Proposal, Proposer
 from placement.score import layer_score
-from placement.types import Bools, Floats, Ints
+from placement.types import Floats, Ints
 from placement.victims import least_missed
 
 _REFRESH = 3  # the list of replicas to evict is made anew every so many rounds
@@ -41,65 +41,26 @@ class Change:
 
 
 class Searcher:
-    """The layout being improved, and what changing it costs.
+    """Changes the layout it is given, in place.
 
-    load      float64 [L, M, E] scenarios in pairs/s
-    resident  bool [L, E, G], changed in place (give a copy)
-    allowed   bool [G], groups that may receive replicas
-    room      int64 [G], bytes still free
-    size      int64 [L], bytes of one replica
-    rate      float64 [G] pairs/s; base float64 [G] work already there, in pairs/s
-    price     float64 [G], what loading one byte onto the group costs, in seconds of work a second
-    margin    least gain of an action over its price, as a part of the layer's time
-    byte_limit  most bytes loaded in all; pool: most bytes by which the layout may grow
-    node      int [G], given when a second replica shall rather be on another node
-    held      copies that may not go, or not come back, yet
+    pool  most bytes by which it may grow
     """
 
-    def __init__(
-        self,
-        *,
-        load: Floats,
-        resident: Bools,
-        allowed: Bools,
-        room: Ints,
-        size: Ints,
-        rate: Floats,
-        base: Floats,
-        price: Floats,
-        margin: float,
-        byte_limit: float = np.inf,
-        pool: float = np.inf,
-        node: Ints | None = None,
-        held: Held | None = None,
-    ) -> None:
-        self.load, self.resident, self.allowed = load, resident, allowed
-        self.room, self.size, self.rate, self.base = room, size, rate, base
-        self.price, self.margin, self.byte_limit = price, margin, byte_limit
+    def __init__(self, layout: Layout, pool: float = np.inf) -> None:
+        load, resident, held = layout.load, layout.resident, layout.held
+        self.load, self.resident, self._held = load, resident, held
+        self.room, self.size = layout.room, layout.size
+        self.rate, self.base = layout.rate, layout.base
+        self.margin, self.byte_limit = layout.margin, layout.byte_limit
         self.pool = pool
-        self.node = node
         self.layers, self.cases, self.experts = load.shape
-        self.groups = len(rate)
+        self.groups = len(self.rate)
         self.loaded = 0
         self.changes: list[Change] = []
         self.sweeps = 2 if resident.size < 500_000 else 1
-        self._held = held
         self._tabu = np.zeros(resident.shape, np.bool_) if held is None else held.barred.copy()
         self._fails = np.zeros(self.layers, np.int64)
-        self._proposer = Proposer(
-            load=load,
-            resident=resident,
-            allowed=allowed,
-            room=room,
-            size=size,
-            rate=rate,
-            price=price,
-            margin=margin,
-            node=node,
-            held=held,
-            tabu=self._tabu,
-            fails=self._fails,
-        )
+        self._proposer = Proposer(layout, self._tabu, self._fails)
 
     def run(self, rounds: int) -> None:
         """Improve for at most so many rounds, or until no action pays anywhere."""

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from placement.dwell import Held
 from placement.forecast import Forecast
+from placement.layout import Layout
 from placement.plan import PlanConfig
 from placement.planner import delta_plan, full_plan
 from placement.polish import Polisher
@@ -27,21 +28,24 @@ def layout(rng, layers, experts, groups, extra):
     return resident
 
 
-def polisher(rng, resident, *, free, price=0.0, margin=0.0, allowed=None, held=None):
+def polisher(rng, resident, *, free, price=0.0, margin=0.0, allowed=None, held=None, node=None):
     layers, experts, groups = resident.shape
     size = rng.integers(1, 4, layers) * 10
     load = rng.dirichlet(np.full(experts, 0.5), size=(layers, 5))
     return Polisher(
-        load=load,
-        resident=resident,
-        allowed=np.ones(groups, bool) if allowed is None else allowed,
-        room=np.full(groups, free, np.int64),
-        size=size,
-        rate=rng.choice([0.25, 0.5, 1.0], groups),
-        base=np.zeros(groups),
-        price=np.full(groups, price),
-        margin=margin,
-        held=held,
+        Layout(
+            load=load,
+            resident=resident,
+            allowed=np.ones(groups, bool) if allowed is None else allowed,
+            room=np.full(groups, free, np.int64),
+            size=size,
+            rate=rng.choice([0.25, 0.5, 1.0], groups),
+            base=np.zeros(groups),
+            price=np.full(groups, price),
+            margin=margin,
+            node=node,
+            held=held,
+        )
     )
 
 
@@ -123,8 +127,7 @@ def test_copies_do_not_gather_on_one_node():
     resident[:, np.arange(10), rng.integers(2, size=10)] = True
     resident[:, :4, 2] = True  # four experts with a copy on either node
     for way in (node, None):
-        work = polisher(np.random.default_rng(7), resident.copy(), free=40)
-        work.node = way
+        work = polisher(np.random.default_rng(7), resident.copy(), free=40, node=way)
         work.run(25)
         several = work.resident.sum(2) > 1
         on = np.stack([work.resident[:, :, node == n].any(2) for n in (0, 1)])
