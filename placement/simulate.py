@@ -60,13 +60,15 @@ class Report:
 
     @property
     def balancedness(self) -> float:
-        """Time-balancedness over all windows: 1 is no straggler."""
-        return float(sum(self.ideal_s) / max(sum(self.busy_s), 1e-300))
+        """Time-balancedness over all windows: 1 is no straggler, or no work."""
+        busy = sum(self.busy_s)
+        return float(sum(self.ideal_s) / busy) if busy > 0 else 1.0
 
     @property
     def net(self) -> float:
         """The same with the time that loads held up counted in."""
-        return float(sum(self.ideal_s) / max(sum(self.busy_s) + sum(self.stall_s), 1e-300))
+        busy = sum(self.busy_s) + sum(self.stall_s)
+        return float(sum(self.ideal_s) / busy) if busy > 0 else 1.0
 
     @property
     def busiest(self) -> float:
@@ -75,7 +77,8 @@ class Report:
         return float(work.max(initial=0.0) / self.window_s) if self.window_s else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        per_window = np.array(self.ideal_s) / np.maximum(self.busy_s, 1e-300)
+        busy = np.array(self.busy_s)
+        per_window = np.where(busy > 0, self.ideal_s / np.maximum(busy, 1e-300), 1.0)
         return {
             "windows": len(self.busy_s),
             "balancedness": self.balancedness,

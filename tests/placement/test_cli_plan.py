@@ -226,6 +226,13 @@ def test_bytes_are_read_as_people_write_them():
             parse_bytes(wrong)
 
 
+def test_a_load_of_nothing_is_played_and_is_level(files, capsys):
+    np.savez(files / "counts.npz", counts=np.zeros((3, 2, 12), np.int64))
+    assert call("simulate", *inputs(files), "--json") == 0
+    data = json.loads(capsys.readouterr().out)["live"]
+    assert data["balancedness"] == data["worst_window"] == 1 and data["loaded_bytes"] == 0
+
+
 def test_autoscaling_is_compared_with_a_fleet_for_the_peak(files, capsys):
     words = ("--window-s", "0.05", "--autoscale", "--start-s", "0.01")
     assert call("simulate", *inputs(files), *words) == 0
