@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import ValidationError
 
 from raymoe.gateway.admin_bodies import DrainBody, DryRunBody, PinBody, ScaleBody
+from raymoe.gateway.bodies import read_bytes
 from raymoe.gateway.errors import ApiError
 from raymoe.gateway.openapi import body_of
 
@@ -70,9 +71,7 @@ async def _read(request: Request, model: type[Any], token: str | None) -> Any:
     # a form of some web page cannot send this type across sites
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
         raise ApiError(415, "The body must be JSON: content-type application/json.")
-    body = await request.body()
-    if len(body) > _MOST_BYTES:
-        raise ApiError(413, f"The body is longer than {_MOST_BYTES} bytes.")
+    body = await read_bytes(request, _MOST_BYTES)
     try:
         return model.model_validate_json(body)
     except ValidationError as e:

@@ -16,8 +16,18 @@ Model = TypeVar("Model", bound=BaseModel)
 
 async def read_body(request: Request, model: type[Model], max_bytes: int) -> Model:
     """The checked body. Raises ApiError: 413 when it is too large, else 400."""
+    data = await read_bytes(request, max_bytes)
+    try:
+        return model.model_validate_json(data)
+    except ValidationError as error:
+        raise validation_error(error) from None
+
+
+async def read_bytes(request: Request, max_bytes: int) -> bytearray:
+    """The whole body, never more than `max_bytes` of it in memory. Raises ApiError (413) and
+    ClientGone."""
     announced = request.headers.get("content-length", "0")
-    if announced.isdigit() and int(announced) > max_bytes:
+    if announced.isdecimal() and int(announced) > max_bytes:
         raise _too_large(max_bytes)
     data = bytearray()
     try:
@@ -27,10 +37,7 @@ async def read_body(request: Request, model: type[Model], max_bytes: int) -> Mod
                 raise _too_large(max_bytes)
     except ClientDisconnect:
         raise ClientGone from None
-    try:
-        return model.model_validate_json(data)
-    except ValidationError as error:
-        raise validation_error(error) from None
+    return data
 
 
 def _too_large(max_bytes: int) -> ApiError:

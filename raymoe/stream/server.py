@@ -144,8 +144,11 @@ class StreamServer:
         needs_thread = False
         for peer, own in self._book.route(events).items():
             peer.last_sent = time.monotonic()
-            for frame_of_step in _frames(own, self._load_for(peer)):
+            frames, failed = _frames(own, self._load_for(peer))
+            for frame_of_step in frames:
                 needs_thread |= not peer.send(frame_of_step)
+            if failed:  # the gateway has been told of their end
+                self._cancel(peer, failed)
         if needs_thread:
             self._wake()
 
@@ -360,13 +363,16 @@ def _kind_of(error: Exception) -> ErrorKind | None:
     return None
 
 
-def _frames(events: Sequence[TokenEvent], load: Load) -> list[bytes]:
-    """One frame; more when the log probabilities of long prompts do not fit into one."""
+def _frames(events: Sequence[TokenEvent], load: Load) -> tuple[list[bytes], list[str]]:
+    """One frame; more when the log probabilities of long prompts do not fit into one. And the
+    requests whose single event fits none: they end with an error."""
     try:
-        return [encode(Tokens(events=tuple(events), load=load))]
+        return [encode(Tokens(events=tuple(events), load=load))], []
     except FrameError as error:
         if len(events) > 1:
             half = len(events) // 2
-            return _frames(events[:half], load) + _frames(events[half:], load)
-        failed = TokenEvent(request_id=events[0].request_id, finish="error", error=str(error))
-        return [encode(Tokens(events=(failed,), load=load))]
+            first, second = _frames(events[:half], load), _frames(events[half:], load)
+            return first[0] + second[0], first[1] + second[1]
+        name = events[0].request_id
+        failed = TokenEvent(request_id=name, finish="error", error=str(error))
+        return [encode(Tokens(events=(failed,), load=load))], [name]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
 from typing import Any
 
+import httpx
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
@@ -133,3 +136,22 @@ def test_a_wrong_question_is_named(body: bytes, named: str) -> None:
     answer = client(None).post("/placement/dry-run", content=body, headers=headers)
     assert answer.status_code == 400 and named in answer.json()["error"]["message"]
     assert not ASKED
+
+
+def test_a_body_without_end_is_not_read_to_its_end() -> None:
+    sent = 0
+
+    async def parts() -> AsyncIterator[bytes]:
+        nonlocal sent
+        while sent < 1000:
+            sent += 1
+            yield b" " * 1000
+
+    async def main() -> int:
+        transport = httpx.ASGITransport(app=client(None).app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://t") as http:
+            headers = {"content-type": "application/json"}
+            return (await http.post("/scale", content=parts(), headers=headers)).status_code
+
+    assert asyncio.run(main()) == 413
+    assert sent < 10 and not ASKED

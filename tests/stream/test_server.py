@@ -435,6 +435,8 @@ def test_a_step_too_large_for_a_frame_is_sent_in_parts(monkeypatch: pytest.Monke
         assert gateway.events[:2] == small
         assert gateway.events[2].finish == "error"
         assert "at most 3000" in str(gateway.events[2].error)
+        assert engine.cancelled == ["c"]  # nobody would hear of its other tokens
+        assert server.open_requests == 2
 
     with serving() as (server, engine):
         asyncio.run(talk(server, engine))
