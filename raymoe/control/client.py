@@ -114,6 +114,9 @@ class ControlClient:
         frames = FrameReader()
         heard_s = time.monotonic()
         next_report_s = 0.0
+        poll = select.poll()  # not select(): a process may have more than 1,024 descriptors
+        poll.register(sock, select.POLLIN)
+        poll.register(self._near, select.POLLIN)
         while not self._closed.is_set():
             now = time.monotonic()
             if now >= next_report_s:
@@ -121,8 +124,8 @@ class ControlClient:
                 next_report_s = now + self._interval_s
             if now - heard_s > max(SILENT_INTERVALS * self._interval_s, 2.0):
                 raise LinkError("the controller has fallen silent")
-            ready, _, _ = select.select([sock, self._near], [], [], max(next_report_s - now, 0))
-            if sock not in ready:
+            ready = poll.poll(1e3 * max(next_report_s - now, 0))
+            if sock.fileno() not in [fd for fd, _ in ready]:
                 continue
             data = sock.recv(1 << 16)
             if not data:

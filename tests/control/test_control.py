@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import socket
 import threading
 import time
@@ -221,6 +223,28 @@ def test_a_silent_controller_is_looked_up_anew(rig: Rig, monkeypatch: pytest.Mon
     better = rig.server()
     better.publish(routing(2))
     wait_until(lambda: client.epoch == (1, 2), limit_s=8)
+
+
+@pytest.fixture
+def many_descriptors() -> Iterator[None]:
+    """So many open ones that the next have numbers which select() cannot take."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 2048:
+        pytest.skip(f"at most {hard} descriptors are allowed here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    yield
+    for fd in opened:
+        os.close(fd)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_process_with_many_descriptors_gets_its_table(many_descriptors: None, rig: Rig) -> None:
+    server = rig.server()
+    server.publish(routing(1))
+    client = rig.client("c")
+    wait_until(lambda: client.epoch == (1, 1))
+    wait_until(lambda: server.acknowledged() == {"c": (1, 1)})
 
 
 def test_a_silent_client_is_dropped(rig: Rig) -> None:
