@@ -153,6 +153,17 @@ def test_before_anything_is_known(browser: Any) -> None:
     page.close()
 
 
+def test_a_controller_that_was_never_heard_of(browser: Any) -> None:
+    fleet = FakeFleet()
+    fleet.away = True
+    page = Shown(browser, fleet)
+    page.expect("document.getElementById('connection').textContent === 'controller away'")
+    assert "old" not in page.text("#notice"), "there is nothing yet that could be old"
+    for place in ("#fleet", "#heat"):
+        assert "waiting for the placement controller" in page.text(place)
+    page.close()
+
+
 def np_empty(fleet: FakeFleet) -> Any:
     return fleet.resident[:, :, :0]
 

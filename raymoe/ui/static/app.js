@@ -64,9 +64,12 @@ function say(state, text) {
   pill.className = `pill ${state}`;
 }
 
+// nothing has been shown yet: then nothing is old
+const old = () => (page.layers ? " What you see is old." : "");
+
 function lost(why) {
   say("lost", "connection lost");
-  byId("notice").textContent = `${why} What you see is old.`;
+  byId("notice").textContent = why + old();
   byId("notice").hidden = false;
   document.body.classList.add("stale");
 }
@@ -76,7 +79,7 @@ function take(message) {
   byId("notice").hidden = message.controller;
   if (!message.controller) {
     say("waiting", "controller away");
-    byId("notice").textContent = "The placement controller does not answer; requests are served on. What you see is old.";
+    byId("notice").textContent = `The placement controller does not answer; requests are served on.${old()}`;
   } else {
     say("live", "live");
   }
@@ -287,7 +290,7 @@ async function why(g, e) {
     const answer = await fetch(`ui/view?layer=${page.layer}&why=1`);
     if (!answer.ok) throw new Error(`it answered ${answer.status}`);
     const found = (await answer.json()).layer.why[`${e},${g}`];
-    const since = found && found.since > 0 ? ` Here since ${new Date(found.since * 1000).toLocaleString([], { hour12: false })}` : "";
+    const since = found && found.since > 0 ? ` Here since ${new Date(found.since * 1000).toLocaleString([], { dateStyle: "medium", timeStyle: "medium", hour12: false })}` : "";
     byId("detail").textContent = found ? `${words}.${since}: ${found.why}.` : `${words}.`;
   } catch (error) {
     byId("detail").textContent = `${words}. Why cannot be told now: ${error.message}.`;
