@@ -22,6 +22,8 @@ from actors.fleet import reason
 from actors.intent import Intent, Pin, drained, pinned, scaled
 from actors.loop import ControlLoop
 from actors.memory import Memory
+from actors.metrics import status_values
+from actors.ray_metrics import RayMetrics
 from actors.spawn import controller_name, find, spawn
 from actors.views import balancedness, group_row, placement_view, router_rows
 from placement.dry_run import Question, dry_run
@@ -30,7 +32,9 @@ from raymoe.checkpoint.spec import ModelSpec
 from raymoe.config import DeploymentConfig, read_secret
 from raymoe.control import ControlServer
 from raymoe.errors import ConfigError
+from raymoe.gateway.metrics import Values
 from raymoe.identity import identity_of
+from raymoe.logs import configure, fields
 from raymoe.observe.ledger import Ledger
 from raymoe.observe.observer import Observer
 
@@ -44,8 +48,8 @@ class PlacementController:
     """One per deployment. Public methods are called through Ray, from several threads."""
 
     def __init__(self, config: dict[str, Any], spec_json: str) -> None:
-        logging.basicConfig(level=logging.INFO)
         self._config = DeploymentConfig.model_validate(config)
+        configure(self._config.logging, "controller", self._config.name, self._surroundings)
         self._spec = ModelSpec.from_json(spec_json)
         self._routers: dict[str, dict[str, Any]] = {}
         self._memory = Memory(self._config.name)
@@ -58,6 +62,7 @@ class PlacementController:
         self._lock = self._loop.lock
         self._ledger = Ledger(time.monotonic(), restarted=self._loop.term > 1)
         self._observer = Observer()
+        self._ray_metrics = RayMetrics(self._config.name) if self._config.ray.metrics else None
         self._weighing = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
@@ -129,13 +134,15 @@ class PlacementController:
         with self._lock:
             return self._loop.history.to_dict(self._loop.mind)
 
-    def exchange(self, gateway_id: str, entries: Any, experts: bool) -> dict[str, Any]:
+    def exchange(self, gateway_id: str, entries: Any, experts: bool | None) -> dict[str, Any]:
         """A gateway tells what it has counted and hears what all have (`actors.metrics.Scrapes`).
 
-        With `experts` the series of single experts are among what is shown.
+        With `experts` the series of single experts are among what is shown; None: nobody looks.
         """
         with self._lock:
             answer = self._ledger.exchange(gateway_id, entries, time.monotonic())
+            if experts is None:
+                return answer
             shown = self._observer.shown(experts=experts)
             return {**answer, "status": self.status(), "shown": shown}
 
@@ -151,6 +158,7 @@ class PlacementController:
         if not self._observer.due(now):
             return
         with self._lock:
+            told = self._observer.events.seq
             self._observer.look(
                 self.status(),
                 loop.publisher.table,
@@ -161,6 +169,33 @@ class PlacementController:
                 now=now,
                 at=time.time(),
             )
+        for event in self._observer.events.since(told):
+            level = logging.WARNING if event["kind"] == "alarm" else logging.INFO
+            log.log(level, "%s", event["text"], extra=fields(event=event["kind"]))
+        self._tell_ray(now)
+
+    def _tell_ray(self, now: float) -> None:
+        """Ray's agents show what /metrics shows, once all gateways have spoken."""
+        told = self._ray_metrics
+        if told is None or not told.due(now):
+            return
+        with self._lock:
+            if not self._ledger.settled(now):
+                return
+            values: dict[str, Values] = {
+                **self._ledger.values(now),
+                "raymoe_controller_up": {(): 1},
+            }
+            values |= status_values(self.status()) | self._observer.shown(experts=False)
+        try:
+            told.tell(values, now)
+        except Exception:  # whatever Ray's metrics object to, placement goes on
+            log.exception("Ray's agents are told no more metrics")
+            self._ray_metrics = None
+
+    def _surroundings(self) -> dict[str, Any]:
+        """What is true of every line that this process logs."""
+        return {"term": self._loop.term, "epoch": self._loop.publisher.epoch}
 
     def scale(self, groups: int, kind: str | None = None) -> dict[str, Any]:
         """So many groups of a kind are to serve. {"members"}, or {"error"}: why not."""

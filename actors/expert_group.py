@@ -24,6 +24,7 @@ from raymoe.group import GroupRuntime
 from raymoe.identity import identity_of
 from raymoe.links.link import SlotTerms
 from raymoe.links.server import ServerConfig
+from raymoe.logs import configure
 from raymoe.table import GroupEndpoint
 
 log = logging.getLogger("raymoe.expert_group")
@@ -48,12 +49,15 @@ class ExpertGroup:
     ) -> None:
         torch.set_num_threads(1)
         checked = DeploymentConfig.model_validate(config)
+        self._term = 0  # of the newest controller heard of
+        self._incarnation = incarnation
+        self._id = group_id
+        configure(checked.logging, "group", checked.name, self._surroundings)
         spec = ModelSpec.from_json(spec_json)
         if device != "cpu" and not torch.cuda.is_available():
             raise ConfigError(f"group {group_id}: device {device!r} is not to be had here")
         check_files(spec)  # this node's copy must be the checkpoint the others serve
         self._ended = threading.Event()
-        self._term = 0  # of the newest controller heard of
         self._node, address = _where()
         self._runtime = GroupRuntime(
             spec,
@@ -68,7 +72,12 @@ class ExpertGroup:
         )
         # once, before there is traffic to be held up or to bend the figure
         self._speed = 64 / self._runtime.measure_speed().seconds(64, 8)
+        log.info("up, %.3g pairs/s, for %d bytes of experts", self._speed, memory_bytes)
         self._lease = Lease(checked.placement.orphan_ttl_s, _end_process)
+
+    def _surroundings(self) -> dict[str, Any]:
+        """What is true of every line that this process logs."""
+        return {"group": self._id, "incarnation": self._incarnation, "term": self._term}
 
     def ping(self, term: int) -> dict[str, Any]:
         """Answers: this process is not hung. What it has done since the last ping:
@@ -123,6 +132,8 @@ class ExpertGroup:
                 failed.append((layer, expert, str(e)))
                 lost = str(e) if isinstance(e, LinkError) else ""
         close_files()  # their pages would count as this process's memory
+        origin = "the checkpoint" if endpoint is None else endpoint.id
+        log.info("%d of %d replicas brought from %s", len(pairs) - len(failed), len(pairs), origin)
         return {"resident_bytes": self._runtime.shard.resident_bytes, "failed": failed}
 
     def _bring_one(

@@ -21,9 +21,12 @@ from raymoe.config import DeploymentConfig, read_admin_token, read_secret
 from raymoe.errors import RaymoeError, RouterUnavailable
 from raymoe.gateway import AppConfig, GatewayTokenizer, PoolConfig, RouterPool, create_app
 from raymoe.gateway.admin import add_admin_routes
+from raymoe.gateway.life import Watching
 from raymoe.gateway.metrics import Registry
 from raymoe.identity import identity_of
+from raymoe.logs import configure
 from raymoe.stream.messages import StreamEndpoint
+from raymoe.tracing import from_environment
 from raymoe.ui.hub import Hub
 from raymoe.ui.routes import add_page
 
@@ -89,9 +92,17 @@ async def serve_rpc(app: FastAPI, config: DeploymentConfig, controller: Controll
         await server.run()
 
 
+def watching(config: DeploymentConfig) -> Watching:
+    """Logs and traces of this process, as configured."""
+    configure(config.logging, "gateway", config.name)
+    tracing = from_environment("gateway", config.name)
+    return Watching(tracing=tracing, lines=config.logging.requests)
+
+
 def gateway_app(config: dict[str, Any], spec_json: str) -> FastAPI:
     """The ASGI application of one gateway replica."""
     checked = DeploymentConfig.model_validate(config)
+    watched = watching(checked)
     spec = ModelSpec.from_json(spec_json)
     controller = ControllerProxy(checked.name)
     pool = RouterPool(
@@ -109,10 +120,14 @@ def gateway_app(config: dict[str, Any], spec_json: str) -> FastAPI:
     scrapes = Scrapes(secrets.token_hex(8), partial(controller.ask, "exchange"))
 
     async def beside(own: Registry) -> None:
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(scrapes.beats(own))
-            if checked.gateway.grpc_port is not None:
-                tasks.create_task(serve_rpc(app, checked, controller))
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(scrapes.beats(own))
+                if checked.gateway.grpc_port is not None:
+                    tasks.create_task(serve_rpc(app, checked, controller))
+        finally:
+            if watched.tracing is not None:
+                await asyncio.to_thread(watched.tracing.close)
 
     app = create_app(
         pool,
@@ -120,6 +135,7 @@ def gateway_app(config: dict[str, Any], spec_json: str) -> FastAPI:
         AppConfig(
             model_name=checked.served_model_name,
             request_timeout_s=checked.gateway.request_timeout_s,
+            watching=watched,
         ),
         placement=lambda: controller.ask("placement"),
         exposition=scrapes.text,

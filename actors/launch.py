@@ -26,6 +26,7 @@ from actors.take_down import drain, end_actors, leave_cluster, within
 from actors.watch import Watch, watch
 from raymoe.config import DeploymentConfig, read_secret
 from raymoe.errors import ConfigError, RaymoeError
+from raymoe.logs import configure
 
 _POLL_S = 0.2
 _MORE_GROUPS = 16  # of a kind without max_count that a Ray of our own has room for
@@ -60,6 +61,8 @@ def launch(
         check_port_free(config.gateway.host, config.gateway.port)
         if config.gateway.grpc_port is not None:
             check_port_free(config.gateway.host, config.gateway.grpc_port)
+    if config.logging.folder is not None:  # the console says what an operator needs
+        configure(config.logging, "serve", config.name)
     say(f"raymoe: {summary}")
     bringing_up = _BringUp(config, spec_json, build, stop)
     bringing_up.start()

@@ -76,15 +76,16 @@ class Scrapes:
     """What one gateway answers at /metrics: the same as every other gateway would.
 
     `exchange(gateway_id, entries, experts)` is the controller's: it gives {"entries", "live",
-    "settled", "status", "shown"}, or raises a RaymoeError when it does not answer. Then, and as
-    long as a new controller has not heard all gateways, what other gateways count is not known:
-    their sums are left out rather than shown too small, and `raymoe_controller_up` is 0.
+    "settled"}, and unless `experts` is None (nobody looks) "status" and "shown", or raises a
+    RaymoeError when it does not answer. Then, and as long as a new controller has not heard all
+    gateways, what other gateways count is not known: their sums are left out rather than shown too
+    small, and `raymoe_controller_up` is 0.
     """
 
     def __init__(
         self,
         gateway_id: str,
-        exchange: Callable[[str, dict[str, Entry], bool], Awaitable[dict[str, Any]]],
+        exchange: Callable[[str, dict[str, Entry], bool | None], Awaitable[dict[str, Any]]],
         *,
         patience_s: float = 1.0,
         beat_s: float = 2.0,
@@ -111,10 +112,10 @@ class Scrapes:
     async def beats(self, own: Registry) -> None:
         """Tells the controller of this gateway's numbers, for scrapes that reach another one."""
         while True:
-            await self._ask(own, False)
+            await self._ask(own, None)
             await asyncio.sleep(self._beat_s)
 
-    async def _ask(self, own: Registry, experts: bool) -> dict[str, Any] | None:
+    async def _ask(self, own: Registry, experts: bool | None) -> dict[str, Any] | None:
         self._seq += 1
         mine = {"seq": self._seq, "values": own.values()}
         self._entries = merged(self._entries, {self._id: mine})

@@ -7,7 +7,6 @@ import logging
 import os
 import threading
 import time
-import traceback
 from dataclasses import asdict
 from typing import Any
 
@@ -28,9 +27,12 @@ from raymoe.errors import RouterUnavailable
 from raymoe.gateway.tokenizer import GatewayTokenizer
 from raymoe.grammar.state import LateGrammars
 from raymoe.identity import identity_of
+from raymoe.logs import configure
+from raymoe.observe.lives import Lives
 from raymoe.requests import GenerationRequest
 from raymoe.stream.messages import ModelInfo
 from raymoe.stream.server import StreamConfig, StreamServer
+from raymoe.tracing import from_environment
 
 _BEAT_S = 1.0
 _BLIP_S = 0.25  # a step waits so long for experts; then it goes on without who needs them
@@ -42,8 +44,8 @@ class Router:
 
     def __init__(self, config: dict[str, Any], spec_json: str) -> None:
         torch.set_num_threads(1)
-        logging.basicConfig(level=logging.INFO)
         self._config = DeploymentConfig.model_validate(config)
+        configure(self._config.logging, "router", self._config.name, self._surroundings)
         spec = ModelSpec.from_json(spec_json)
         ensure_controller(self._config, spec_json)
         identity, secret = identity_of(self._config, spec), read_secret(self._config)
@@ -58,6 +60,11 @@ class Router:
             name=self.router_id,
             config=ClientConfig(mode=plane.mode, stall_limit_s=min(plane.stall_limit_s, _BLIP_S)),
         )
+        tracing = from_environment("router", self._config.name)
+        lines = self._config.logging.requests
+        watched = lines or tracing is not None
+        self._tracing = tracing
+        self._lives = Lives(self._experts.stats, tracing, lines=lines) if watched else None
         experts = SettingAside(self._experts)
         self._control = ControlClient(
             identity=identity,
@@ -125,6 +132,15 @@ class Router:
         self._stream.close()
         self._control.close()
         self._experts.close()
+        if self._lives is not None:
+            self._lives.close()
+        if self._tracing is not None:
+            self._tracing.close()
+
+    def _surroundings(self) -> dict[str, Any]:
+        """What is true of every line that this process logs."""
+        term, epoch = self._experts.epoch or (None, None)
+        return {"router": self.router_id, "term": term, "epoch": epoch}
 
     def _await_table(self, limit_s: float) -> None:
         """The engine tries a few tokens when it is made: experts must answer by then."""
@@ -139,7 +155,15 @@ class Router:
     # ---- the stream's thread
 
     def _submit(self, request: GenerationRequest) -> None:
-        self._engine.add(request)
+        lives = self._lives
+        if lives is not None:
+            lives.came(request)
+        try:
+            self._engine.add(request)
+        except BaseException:
+            if lives is not None:
+                lives.refused(request.request_id)
+            raise
         self._work.set()
 
     def _cancel(self, request_ids: tuple[str, ...]) -> None:
@@ -160,9 +184,12 @@ class Router:
                     self._work.wait()
                     self._work.clear()
                     continue
-                self._stream.publish(self._engine.step())
+                events = self._engine.step()
+                self._stream.publish(events)
+                if self._lives is not None:
+                    self._lives.heard(events)
         except Exception as e:
-            traceback.print_exc()
+            log.exception("the engine of %s died", self.router_id)
             self._died = repr(e)
             self._stream.close()  # its gateways go on elsewhere
 

@@ -23,6 +23,12 @@ While the controller does not answer, and for 5 s after a new one has started, a
 of others leaves sums out rather than show them too small; `raymoe_controller_up` is 0 then. Series
 of the controller and of routers begin anew with their process, as Prometheus expects.
 
+The same goes through Ray's own metrics agents (ray.util.metrics; `ray.metrics: false` turns it
+off), told by the controller every 5 s: the same names with `ray_` before them, and a tag
+`deployment`. There the parts of histograms are of type gauge (Ray's own histograms take single
+values only; `rate` and `histogram_quantile` work all the same), and a group or router that is gone
+shows 0 for the rest of the controller's life.
+
 Serving metrics have vLLM's names with `raymoe_` for `vllm:`, and its buckets. To use a dashboard
 made for vLLM, let Prometheus rename them:
 

@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     from raymoe.cli_bench import add_bench_parser
     from raymoe.cli_explain import add_explain_parser
     from raymoe.cli_plan import add_plan_parser
+    from raymoe.cli_record import add_record_parser
     from raymoe.cli_simulate import add_simulate_parser
     from raymoe.cli_top import add_top_parser
 
@@ -51,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     add_top_parser(commands)
     add_explain_parser(commands)
     add_admin_parsers(commands)
+    add_record_parser(commands)
     add_plan_parser(commands)
     add_simulate_parser(commands)
     add_bench_parser(commands)
@@ -70,6 +72,12 @@ def _add_serve(commands: Any) -> None:
     serve.add_argument("--name", help="deployment name (default raymoe)")
     serve.add_argument("--model-name", help="name in /v1/models (default: the folder's name)")
     serve.add_argument("--address", help="Ray cluster to join (default: start Ray here)")
+    serve.add_argument("--log-format", choices=("text", "json"), help="of our processes' logs")
+    serve.add_argument("--log-level", choices=("debug", "info", "warning", "error"))
+    serve.add_argument(
+        "--log-requests", action="store_const", const=True, help="log each request's way"
+    )
+    serve.add_argument("--log-folder", metavar="DIR", help="write a log file a process there")
     serve.set_defaults(run=_serve)
 
 
@@ -93,6 +101,10 @@ def _serve(args: argparse.Namespace) -> int:
         "name": args.name,
         "gateway.model_name": args.model_name,
         "ray.address": args.address,
+        "logging.format": args.log_format,
+        "logging.level": args.log_level,
+        "logging.requests": args.log_requests,
+        "logging.folder": args.log_folder and os.path.abspath(args.log_folder),
     }
     config = load_config(args.config, {k: v for k, v in flags.items() if v is not None})
 

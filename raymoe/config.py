@@ -295,11 +295,33 @@ class PlacementConfig(_Checked):
     autoscale: AutoscaleConfig = AutoscaleConfig()
 
 
+class LoggingConfig(_Checked):
+    """What our processes log, and where. The console of `raymoe serve` stays as it is."""
+
+    format: Literal["text", "json"] = Field(
+        "text", description="text: for eyes; json: one JSON object a line"
+    )
+    level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="lines of a lower level are left out"
+    )
+    requests: bool = Field(
+        False, description="a line when a request begins and when it ends, at gateway and router"
+    )
+    folder: str | None = Field(
+        None,
+        description="each process writes a file of its own there; none: standard error, which Ray "
+        "keeps in its session folder",
+    )
+
+
 class RayConfig(_Checked):
     """The Ray cluster."""
 
     address: str | None = Field(None, description="cluster to join; none: start Ray locally")
     temp_dir: str | None = Field(None, description="Ray's temporary folder (a short path)")
+    metrics: bool = Field(
+        True, description="what /metrics shows is exported by Ray's own agents too, as ray_raymoe_*"
+    )
     object_store_bytes: int = Field(
         100 * MIB, ge=80 * MIB, description="Ray's object store, when started locally"
     )
@@ -321,6 +343,7 @@ class DeploymentConfig(_Checked):
     gateway: GatewayConfig = GatewayConfig()
     data_plane: DataPlaneConfig = DataPlaneConfig()
     placement: PlacementConfig = PlacementConfig()
+    logging: LoggingConfig = LoggingConfig()
     ray: RayConfig = RayConfig()
     secret_file: str | None = Field(
         None,

@@ -42,6 +42,21 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Whose request this is, for logs and traces; nothing depends on it.
+
+    request_id   what the client calls it (X-Request-Id), or the id of its answer
+    traceparent  W3C, of the gateway's span; empty: it is not traced
+    """
+
+    request_id: str = ""
+    traceparent: str = ""
+
+
+NOBODY = Origin()
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
     """One choice of one client request.
 
@@ -54,6 +69,7 @@ class GenerationRequest:
     sampling: SamplingParams
     output_ids: tuple[int, ...] = ()
     priority: int = 0
+    origin: Origin = NOBODY
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,3 +92,4 @@ class TokenEvent:
     error: str | None = None  # the sentence, with finish == "error"
     cached_prompt_tokens: int = field(default=0)
     error_kind: ErrorKind | None = None  # with finish == "error"; None: a failure of our own
+    began_s: float = 0.0  # with finish: monotonic s when it left the queue; stays in the router

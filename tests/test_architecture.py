@@ -33,6 +33,7 @@ ALLOWED = {
             "raymoe/grammar": {"llguidance"},
             "raymoe/ui": {"fastapi", "starlette"},
             "raymoe/rpc": {"grpc", "grpc_health", "grpc_reflection", "google"},
+            "raymoe/tracing.py": {"opentelemetry"},
             "raymoe/plot_plan.py": {"matplotlib"},
             "raymoe/vllm_plugin": {"vllm"},
         },

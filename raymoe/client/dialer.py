@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 
 from raymoe.errors import LinkError
 from raymoe.links.link import Link
+from raymoe.logs import fields
 from raymoe.table import GroupEndpoint
 
 log = logging.getLogger(__name__)
@@ -110,5 +111,7 @@ class Dialer:
         try:
             return self._dial(target)
         except (LinkError, OSError) as error:
-            log.info("group %s is not reachable yet: %s", target.id, error)
+            log.info(
+                "group %s is not reachable yet: %s", target.id, error, extra=fields(group=target.id)
+            )
             return None

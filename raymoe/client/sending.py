@@ -22,6 +22,7 @@ from raymoe.client.stats import ClientStats
 from raymoe.dispatch import Ints, Message, count_experts, cut_messages
 from raymoe.errors import PeerLost
 from raymoe.links.protocol import Call, Wire
+from raymoe.logs import fields
 from raymoe.native import native
 
 log = logging.getLogger(__name__)
@@ -187,7 +188,9 @@ class Sender:
             return
         self._connections.forget(connection)
         self._stats.links_lost += 1
-        log.warning("lost group %s: %s", connection.group_id, why)
+        log.warning(
+            "lost group %s: %s", connection.group_id, why, extra=fields(group=connection.group_id)
+        )
         self._orphan(connection)
         self._link_lost()
 

@@ -135,6 +135,8 @@ class Engine:
         begin = perf_counter()
         events = self._take_in() + self._bring_back()
         plan = self._scheduler.plan()
+        if self._scheduler.admitted:
+            self._note_begins()
         chunks = self._model.order(plan)
         if not chunks:
             if self._away and not events:
@@ -182,6 +184,12 @@ class Engine:
             said = f"the engine failed at this request: {type(error).__name__}: {error}"
             events.append(self._end(one, error=said))
         return events
+
+    def _note_begins(self) -> None:
+        now = monotonic()
+        for one in self._scheduler.admitted:
+            one.began_s = one.began_s or now
+        self._scheduler.admitted.clear()
 
     def _forward(self, chunks: Chunks, found: list[Reading]) -> torch.Tensor:
         """Logits [R, V] of what is to be read; those of requests set aside mean nothing."""

@@ -17,6 +17,7 @@ def token_event(
         prompt_logprobs=_take_once(sequence),
         finish=finish,
         cached_prompt_tokens=_announce(sequence),
+        began_s=sequence.began_s,
     )
 
 
@@ -35,6 +36,7 @@ def end_event(
         error=error,
         error_kind=kind,
         cached_prompt_tokens=_announce(sequence),
+        began_s=sequence.began_s,
     )
 
 

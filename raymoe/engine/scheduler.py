@@ -47,6 +47,7 @@ class Scheduler:
         self.chunk_tokens = chunk_tokens
         self.waiting: list[Sequence] = []  # sorted by order, as is running
         self.running: list[Sequence] = []
+        self.admitted: list[Sequence] = []  # since whoever reads this has emptied it
         self.preemptions = 0
         self.queried_tokens = 0  # of sequences when they began, or began again
         self.reused_tokens = 0  # of those, taken from published blocks
@@ -113,6 +114,7 @@ class Scheduler:
             if not self._make_room(one, need, found):
                 break
             self.waiting.pop(0)
+            self.admitted.append(one)
             self.pool.share(found)
             one.blocks = found + self.pool.take(need)
             self.queried_tokens += len(one.tokens)

@@ -39,6 +39,7 @@ class Sequence:
     published: int = 0  # leading blocks that can be found by their names, or need not be
     cached_tokens: int = 0  # prompt tokens that others had computed when it came
     announced: bool = False  # its first event has been made
+    began_s: float = 0.0  # monotonic s when it first left the queue
     preempted: bool = False
     away: Away | None = None  # its experts are: it takes no part in steps
     tries: int = 0  # that found experts away since a success

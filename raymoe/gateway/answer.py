@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from raymoe.errors import RaymoeError
@@ -12,6 +13,7 @@ from raymoe.gateway.backend import Backend, Generation
 from raymoe.gateway.choice import Choice, Delta
 from raymoe.gateway.errors import ApiError, api_error, event_error
 from raymoe.gateway.inbox import ClientGone, Inbox
+from raymoe.gateway.life import Life
 from raymoe.gateway.observe import GatewayMetrics
 
 Receive = Callable[[], Awaitable[Any]]
@@ -32,8 +34,13 @@ class Answer:
         choices: Sequence[Choice],
         prompt_tokens: int,
         timeout_s: float | None,
+        life: Life,
     ) -> None:
         self.choices = choices
+        for choice in choices:
+            choice.request = replace(choice.request, origin=life.origin)
+        self._life = life
+        self._how = "aborted"  # how it ended, unless it finishes or fails
         self.prompt_tokens = prompt_tokens
         self._backend = backend
         self._metrics = metrics
@@ -67,6 +74,7 @@ class Answer:
                 self._backend.open(choice.request, self._inbox.deliver_to(at), self._inbox.fail)
             )
         self._metrics.prompt_tokens.add(self.prompt_tokens)
+        self._life.started(self.prompt_tokens, len(self.choices))
         self._watcher = asyncio.create_task(self._watch(receive))
         if self.timeout_s is not None:
             loop = asyncio.get_running_loop()
@@ -80,10 +88,10 @@ class Answer:
         try:
             events = await self._inbox.take()
         except TimeoutError:
-            raise ApiError(
-                504, f"the request took longer than {self.timeout_s:g} s", code="request_timeout"
-            ) from None
+            self._how = f"the request took longer than {self.timeout_s:g} s"
+            raise ApiError(504, self._how, code="request_timeout") from None
         except RaymoeError as error:
+            self._how = str(error)
             raise api_error(error) from error
         now = time.monotonic()
         if self._first_token is None:
@@ -95,6 +103,7 @@ class Answer:
             if choice.finish is not None:
                 continue  # it ended at a stop string; this was on its way
             if event.finish == "error":
+                self._how = event.error or "error"
                 raise event_error(event)
             self._metrics.generation_tokens.add(len(event.token_ids))
             if self._last_token[at]:
@@ -122,8 +131,19 @@ class Answer:
             if choice.finish is None:
                 generation.cancel()
                 self._metrics.finished.add(1, ("abort",))
+        now = time.monotonic()
         if self.ended:
-            self._observe_end(time.monotonic())
+            self._observe_end(now)
+        first_s = None if self._first_token is None else self._first_token - self._started
+        self._life.ended(
+            "finished" if self.ended else self._how,
+            {
+                "tokens": self.completion_tokens,
+                "finish": ",".join(choice.finish or "abort" for choice in self.choices),
+                "first_token_s": None if first_s is None else round(first_s, 4),
+                "seconds": round(now - self._started, 4),
+            },
+        )
 
     def _observe_end(self, now: float) -> None:
         self._metrics.request_s.observe(now - self._started)

@@ -24,6 +24,7 @@ from raymoe.gateway.backend import Backend
 from raymoe.gateway.bodies import read_body
 from raymoe.gateway.errors import ApiError, api_error
 from raymoe.gateway.inbox import ClientGone
+from raymoe.gateway.life import NOT_WATCHED, Watching
 from raymoe.gateway.metrics import CONTENT_TYPE, Registry
 from raymoe.gateway.observe import GatewayMetrics
 from raymoe.gateway.openapi import body_of, describe
@@ -31,6 +32,7 @@ from raymoe.gateway.prompts import chat_text, off_loop, weight
 from raymoe.gateway.routes import Serving, chat, complete
 from raymoe.gateway.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from raymoe.gateway.tokenizer import GatewayTokenizer
+from raymoe.logs import fields
 
 log = logging.getLogger(__name__)
 _CLIENT_CLOSED = 499  # nobody sees it but our metrics
@@ -42,12 +44,13 @@ Degraded = Callable[[], bool | Awaitable[bool]]
 
 @dataclass(frozen=True, kw_only=True)
 class AppConfig:
-    """max_choices: outputs of one HTTP request (prompts x n) at most."""
+    """max_choices: outputs of one HTTP request (prompts x n) at most; watching: logs, traces."""
 
     model_name: str
     request_timeout_s: float | None = 600.0
     max_body_bytes: int = 8 << 20
     max_choices: int = 256
+    watching: Watching = NOT_WATCHED
 
 
 def create_app(
@@ -87,6 +90,7 @@ def create_app(
         model_name=config.model_name,
         request_timeout_s=config.request_timeout_s,
         max_choices=config.max_choices,
+        watching=config.watching,
     )
     app.state.serving = serving  # for the gRPC services beside it
     card = {
@@ -192,7 +196,8 @@ def _answer_errors(app: FastAPI, metrics: GatewayMetrics) -> None:
         assert isinstance(error, RaymoeError)
         answer = api_error(error)
         if answer.status == 500:
-            log.error("%s %s: %s", request.method, request.url.path, error)
+            extra = fields(request_id=request.headers.get("x-request-id"))
+            log.error("%s %s: %s", request.method, request.url.path, error, extra=extra)
         return answer.response()
 
     async def on_http_error(request: Request, error: Exception) -> Response:
@@ -210,6 +215,9 @@ def _answer_errors(app: FastAPI, metrics: GatewayMetrics) -> None:
         return Response(status_code=_CLIENT_CLOSED)
 
     async def on_bug(request: Request, error: Exception) -> Response:
+        extra = fields(request_id=request.headers.get("x-request-id"))
+        where = f"{request.method} {request.url.path}"
+        log.error("%s failed", where, exc_info=error, extra=extra)
         return ApiError(500, "The gateway failed; its log says why.", code="internal").response()
 
     app.add_exception_handler(ApiError, on_api_error)

@@ -13,6 +13,7 @@ from raymoe.gateway.backend import RouterState
 from raymoe.gateway.connection import RouterConnection
 from raymoe.gateway.open_request import OpenRequest
 from raymoe.links.handshake import Identity
+from raymoe.logs import fields
 from raymoe.requests import GenerationRequest, TokenEvent
 from raymoe.stream.messages import ModelInfo, StreamEndpoint
 
@@ -271,6 +272,7 @@ class RouterPool:
             opened.request.request_id,
             len(opened.output_ids),
             why,
+            extra=fields(request_id=opened.request.origin.request_id),
         )
         self._send(opened)
 

@@ -14,6 +14,7 @@ from raymoe.gateway.backend import Backend
 from raymoe.gateway.choice import Choice, TokenEntry, prompt_entries
 from raymoe.gateway.errors import ApiError
 from raymoe.gateway.formats import forced_calls, output_grammar
+from raymoe.gateway.life import NOT_WATCHED, Watching
 from raymoe.gateway.observe import GatewayMetrics
 from raymoe.gateway.prompts import Prompt, chat_prompt, completion_prompts, make_choices
 from raymoe.gateway.schemas import ChatBody, CompletionBody, SamplingBody
@@ -32,6 +33,7 @@ class Serving:
     model_name: str
     request_timeout_s: float | None
     max_choices: int
+    watching: Watching = NOT_WATCHED
 
     def check_model(self, asked: str | None) -> None:
         """Raises ApiError (404) for any model but the one that is served."""
@@ -66,7 +68,7 @@ async def complete(serving: Serving, request: Request, body: CompletionBody) -> 
         prompt_logprobs=logprobs if body.echo else None,
         grammar=await output_grammar(body, serving.tokenizer),
     )
-    answer = _answer(serving, choices, prompts)
+    answer = _answer(serving, request, shape, choices, prompts)
     echo = _Echo(serving.tokenizer, prompts, per_prompt, logprobs) if body.echo else None
     if body.stream:
         return await _stream(request, answer, body, shape, echo)
@@ -103,7 +105,7 @@ async def chat(serving: Serving, request: Request, body: ChatBody) -> Response:
         prompt_logprobs=None,
         grammar=await output_grammar(body, serving.tokenizer),
     )
-    answer = _answer(serving, choices, prompts)
+    answer = _answer(serving, request, shape, choices, prompts)
     if body.stream:
         return await _stream(request, answer, body, shape, None)
     deltas = await _collect(request, answer)
@@ -136,13 +138,17 @@ def _check_count(serving: Serving, prompts: int, per_prompt: int) -> None:
         )
 
 
-def _answer(serving: Serving, choices: list[Choice], prompts: list[Prompt]) -> Answer:
+def _answer(
+    serving: Serving, request: Request, shape: Shape, choices: list[Choice], prompts: list[Prompt]
+) -> Answer:
+    path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
     return Answer(
         serving.backend,
         serving.metrics,
         choices,
         sum(len(prompt.ids) for prompt in prompts),
         serving.request_timeout_s,
+        serving.watching.begin(f"POST {path}", shape.id, request.headers.get),
     )
 
 

@@ -35,7 +35,11 @@ class Ledger:
         self._entries = merged(self._entries, entries)
         self._heard[gateway_id] = now
         live = [g for g, heard in self._heard.items() if now - heard < self._live_s]
-        return {"entries": self._entries, "live": live, "settled": now >= self._settled_s}
+        return {"entries": self._entries, "live": live, "settled": self.settled(now)}
+
+    def settled(self, now: float) -> bool:
+        """Whether every living gateway has had time to speak."""
+        return now >= self._settled_s
 
     def values(self, now: float) -> dict[str, dict[Labels, Number]]:
         """All gateways as one."""

@@ -41,7 +41,7 @@ class Generation(GenerationServicer):
         texts: list[str] = []
         answer: Answer | None = None
         try:
-            async for text, of in self._run(request, context):
+            async for text, of in self._run("Generate", request, context):
                 texts.append(text)
                 answer = of
         except (ApiError, RaymoeError, ValidationError) as error:
@@ -57,7 +57,7 @@ class Generation(GenerationServicer):
     async def GenerateStream(self, request: Any, context: Any) -> AsyncIterator[Any]:
         """GenerateChunk each."""
         try:
-            async for text, answer in self._run(request, context):
+            async for text, answer in self._run("GenerateStream", request, context):
                 if answer.ended:
                     finish = answer.choices[0].finish
                     yield pb.GenerateChunk(text=text, finish_reason=finish, usage=_usage(answer))
@@ -66,8 +66,11 @@ class Generation(GenerationServicer):
         except (ApiError, RaymoeError, ValidationError) as error:
             await refuse(context, error)
 
-    async def _run(self, request: Any, context: Any) -> AsyncIterator[tuple[str, Answer]]:
+    async def _run(
+        self, method: str, request: Any, context: Any
+    ) -> AsyncIterator[tuple[str, Answer]]:
         serving = self._serving
+        metadata = {name: str(value) for name, value in context.invocation_metadata() or ()}
         serving.check_model(request.model or None)
         serving.backend.admit(1)  # before the work of encoding
         model = await serving.backend.model_info()
@@ -90,6 +93,7 @@ class Generation(GenerationServicer):
             choices,
             len(prompt.ids),
             _timeout_s(context, serving.request_timeout_s),
+            serving.watching.begin(f"raymoe.v1.Generation/{method}", shape.id, metadata.get),
         )
         try:
             answer.start(_never)

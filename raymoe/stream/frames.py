@@ -18,8 +18,10 @@ import msgpack
 
 from raymoe.errors import FrameError
 from raymoe.requests import (
+    NOBODY,
     ErrorKind,
     GenerationRequest,
+    Origin,
     SamplingParams,
     TokenEvent,
     TokenLogprobs,
@@ -87,7 +89,7 @@ def _to_array(message: Message) -> list[Any]:
         return [_TOKENS, _load_to_array(message.load), [_event_to_array(e) for e in message.events]]
     if isinstance(message, Submit):
         request = message.request
-        return [
+        array = [
             _SUBMIT,
             request.request_id,
             request.prompt_ids,
@@ -95,6 +97,9 @@ def _to_array(message: Message) -> list[Any]:
             request.priority,
             _sampling_to_map(request.sampling),
         ]
+        if request.origin != NOBODY:
+            array.append([request.origin.request_id, request.origin.traceparent])
+        return array
     if isinstance(message, Cancel):
         return [_CANCEL, message.request_ids]
     return [
@@ -112,7 +117,7 @@ def _from_array(array: Any) -> Message:
         load, events = rest
         return Tokens(events=tuple(map(_event_from_array, events)), load=_load_from_array(load))
     if kind == _SUBMIT:
-        request_id, prompt_ids, output_ids, priority, sampling = rest
+        request_id, prompt_ids, output_ids, priority, sampling, *more = rest
         return Submit(
             request=GenerationRequest(
                 request_id=_text(request_id),
@@ -120,6 +125,7 @@ def _from_array(array: Any) -> Message:
                 output_ids=_ids(output_ids),
                 priority=int(priority),
                 sampling=_sampling_from_map(sampling),
+                origin=_origin(*more),
             )
         )
     if kind == _CANCEL:
@@ -214,6 +220,11 @@ def _sampling_from_map(values: dict[str, Any]) -> SamplingParams:
     if not isinstance(values.get("grammar"), str | None):
         raise FrameError("a grammar must be a string")
     return SamplingParams(**values)
+
+
+def _origin(array: Any = ("", "")) -> Origin:
+    request_id, traceparent = array
+    return Origin(request_id=_text(request_id), traceparent=_text(traceparent))
 
 
 def _text(value: Any) -> str:

@@ -24,6 +24,7 @@ from raymoe.errors import (
 )
 from raymoe.links.handshake import Identity, Responder, Role, refusal
 from raymoe.links.streams import frame
+from raymoe.logs import fields
 from raymoe.requests import ErrorKind, GenerationRequest, TokenEvent
 from raymoe.stream.book import RequestBook
 from raymoe.stream.frames import MAX_FRAME_BYTES, decode, encode
@@ -281,7 +282,8 @@ class StreamServer:
             self._submitted(request)
         except Exception as error:
             if not isinstance(error, RaymoeError):
-                log.exception("the engine did not take request %s", request.request_id)
+                extra = fields(request_id=request.origin.request_id)
+                log.exception("the engine did not take %s", request.request_id, extra=extra)
             refusal_of_engine = TokenEvent(
                 request_id=request.request_id,
                 finish="error",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from dataclasses import asdict
 from typing import Any
 from unittest.mock import MagicMock
@@ -12,13 +13,14 @@ import pytest
 
 from actors.executor import CopyStats
 from actors.metrics import Scrapes, StatusCache, status_values
+from actors.ray_metrics import RayMetrics
 from actors.views import group_row, router_rows
 from placement.table import Table
 from raymoe.client.stats import ClientStats
 from raymoe.engine.stats import EngineStats
 from raymoe.errors import RouterUnavailable
 from raymoe.gateway.metrics import Registry, text_of
-from raymoe.observe.catalogue import ON_DEMAND, PLACEMENT, ROUTERS
+from raymoe.observe.catalogue import CATALOGUE, ON_DEMAND, PLACEMENT, ROUTERS
 from raymoe.observe.ledger import Ledger
 from raymoe.observe.observer import Observer
 
@@ -247,3 +249,72 @@ def test_nobody_waits_for_a_controller_that_hangs() -> None:
         assert await cache.degraded()
 
     asyncio.run(main())
+
+
+class FakeRayMetric:
+    """As ray.util.metrics has them: what was set or added, by tags."""
+
+    def __init__(self, kind: str, name: str, text: str, tag_keys: tuple[str, ...]) -> None:
+        self.kind, self.name, self.tag_keys = kind, name, tag_keys
+        self.values: dict[tuple[tuple[str, str], ...], float] = {}
+
+    def set(self, value: float, tags: dict[str, str]) -> None:
+        assert self.kind == "gauge" and set(tags) == set(self.tag_keys)
+        self.values[tuple(sorted(tags.items()))] = value
+
+    def inc(self, value: float, tags: dict[str, str]) -> None:
+        assert self.kind == "counter" and set(tags) == set(self.tag_keys) and value > 0
+        key = tuple(sorted(tags.items()))
+        self.values[key] = self.values.get(key, 0.0) + value
+
+
+def test_rays_agents_are_told_what_metrics_shows() -> None:
+    made: dict[str, FakeRayMetric] = {}
+
+    def make(kind: str, name: str, text: str, tag_keys: tuple[str, ...]) -> FakeRayMetric:
+        made[name] = FakeRayMetric(kind, name, text, tag_keys)
+        return made[name]
+
+    def shown(name: str, **tags: str) -> float | None:
+        return made[name].values.get(tuple(sorted({**tags, "deployment": "d"}.items())))
+
+    told = RayMetrics("d", make)
+    assert told.due(0.0)
+    own = Registry()
+    own.histogram("time_to_first_token_seconds").observe(0.3)
+    own.counter("generation_tokens_total").add(5)
+    told.tell({**own.values(), **status_values(status())}, 0.0)
+    assert not told.due(1.0) and told.due(60.0)
+    assert shown("raymoe_epoch") == 7 and shown("raymoe_group_up", group="g0") == 1
+    assert shown("raymoe_migrations_total", source="group") == 4
+    first = "raymoe_time_to_first_token_seconds"
+    assert shown(f"{first}_bucket", le="0.25") == 0 and shown(f"{first}_bucket", le="+Inf") == 1
+    assert shown(f"{first}_sum") == 0.3 and shown(f"{first}_count") == 1
+    own.counter("generation_tokens_total").add(3)  # made anew: it has 3 now
+    told.tell({**own.values(), **status_values(status(groups=[group("g0", "ready")]))}, 9.0)
+    assert shown("raymoe_generation_tokens_total") == 5, "never runs backwards"
+    own.counter("generation_tokens_total").add(7)
+    told.tell(own.values(), 18.0)
+    assert shown("raymoe_generation_tokens_total") == 9, "and goes on from there"
+    assert shown("raymoe_group_replicas", group="g0") == 0, "it is no longer there"
+    assert shown("raymoe_group_deaths_total", group="g1") == 3
+    for metric in made.values():
+        whole = re.sub("_(bucket|sum|count)$", "", metric.name)
+        assert {whole, metric.name} & CATALOGUE.keys()
+
+
+def test_a_beat_does_not_ask_for_what_nobody_looks_at() -> None:
+    asked: list[bool | None] = []
+
+    async def exchange(gateway_id: str, entries: Any, experts: bool | None) -> dict[str, Any]:
+        asked.append(experts)
+        return {"entries": entries, "live": [gateway_id], "settled": True}
+
+    async def main() -> None:
+        beating = asyncio.create_task(Scrapes("a", exchange, beat_s=0.001).beats(Registry()))
+        while len(asked) < 2:
+            await asyncio.sleep(0.001)
+        beating.cancel()
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+    assert set(asked) == {None}

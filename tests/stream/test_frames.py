@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raymoe.errors import FrameError
-from raymoe.requests import GenerationRequest, SamplingParams, TokenEvent, TokenLogprobs
+from raymoe.requests import GenerationRequest, Origin, SamplingParams, TokenEvent, TokenLogprobs
 from raymoe.stream.frames import FrameReader, decode, encode
 from raymoe.stream.messages import Cancel, Hello, Load, Message, ModelInfo, Submit, Tokens
 
@@ -47,6 +47,14 @@ MESSAGES: list[Message] = [
                 logprobs=0,
                 prompt_logprobs=5,
             ),
+        )
+    ),
+    Submit(
+        request=GenerationRequest(
+            request_id="c",
+            prompt_ids=(1,),
+            sampling=SamplingParams(seed=0),
+            origin=Origin(request_id="the client's", traceparent=f"00-{'a' * 32}-{'b' * 16}-01"),
         )
     ),
     Tokens(events=(), load=LOAD),
