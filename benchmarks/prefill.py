@@ -1,12 +1,16 @@
 """A long prompt of one client beside another's decode: who waits for whom, and for how long.
 
-    python -m benchmarks.prefill MODEL [--prompt-tokens 4096] [--decoding 1 8]
+    python -m benchmarks.prefill MODEL [--prompt-tokens 4096] [--decoding 1 8] [--in-process]
 
 Some streams decode; when each has had its first tokens, another client sends a long prompt and
 wants one token. Compared: time between two reads of the decoding streams without and beside the
 prefill, and the prefill's time to first token alone and beside them. Medians over the turns; the
 longest gap of all turns. MODEL must hold the prompt (the demo model's context is 2,048 tokens;
 `benchmarks.random_checkpoint` makes one with 8,192).
+
+`--in-process`: the engine alone, experts in this process, in CPU time (other work on the machine
+does not count): milliseconds of a step without and beside the prefill, and whether every decoding
+stream got a token in every step.
 """
 
 from __future__ import annotations
@@ -22,10 +26,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from benchmarks.engine import local_engine
 from benchmarks.report import finish, table
 from benchmarks.serving import Server, Streamed, stream_one
+from raymoe.engine.engine import Engine
+from raymoe.requests import GenerationRequest, SamplingParams
 
+Row = dict[str, Any]
 _DECODE_TOKENS = 384
 _BEFORE_S = 1.0  # of decoding alone
 
@@ -58,7 +67,7 @@ def gaps_of(
     return apart, during
 
 
-def measure(server: Server, count: int, args: argparse.Namespace, vocab: int) -> dict[str, Any]:
+def measure(server: Server, count: int, args: argparse.Namespace, vocab: int) -> Row:
     """One row: `count` decoding streams."""
     rng = np.random.default_rng(count)
     apart: list[float] = []
@@ -85,6 +94,52 @@ def measure(server: Server, count: int, args: argparse.Namespace, vocab: int) ->
     }
 
 
+def measure_engine(engine: Engine, count: int, args: argparse.Namespace, vocab: int) -> Row:
+    """One row: `count` decoding streams beside a prefill, by the CPU clock."""
+    rng = np.random.default_rng(count)
+    steps: dict[str, list[float]] = {"lone": [], "decode": [], "long": []}
+    served = True
+
+    def add(name: str, length: int, new_tokens: int) -> None:
+        ids = tuple(rng.integers(16, vocab, length).tolist())
+        sampling = SamplingParams(seed=0, temperature=0, max_tokens=new_tokens, ignore_eos=True)
+        engine.add(GenerationRequest(request_id=name, prompt_ids=ids, sampling=sampling))
+
+    def step(into: str) -> set[str]:
+        """Who got a token."""
+        started = time.process_time()
+        events = engine.step()
+        steps[into].append(time.process_time() - started)
+        return {event.request_id for event in events if event.token_ids}
+
+    add("lone", args.prompt_tokens, 1)
+    while "lone" not in step("lone"):
+        pass
+    names = {f"decode-{n}" for n in range(count)}
+    for name in names:
+        add(name, 16, _DECODE_TOKENS)
+    while step("decode") != names:
+        steps["decode"].clear()  # their prompts
+    for _ in range(40):
+        step("decode")
+    add("long", args.prompt_tokens, 1)
+    while "long" not in (got := step("long")):
+        served &= names <= got
+    for name in names:
+        engine.cancel(name)
+    engine.step()
+    return {
+        "decoding": count,
+        "step_p50_ms": 1e3 * statistics.median(steps["decode"]),
+        "step_p50_beside_ms": 1e3 * statistics.median(steps["long"]),
+        "step_max_beside_ms": 1e3 * max(steps["long"]),
+        "prefill_alone_s": sum(steps["lone"]),
+        "prefill_beside_s": sum(steps["long"]),
+        "steps": len(steps["long"]),
+        "a_token_in_every_step": served,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("model")
@@ -94,14 +149,20 @@ def main() -> None:
     parser.add_argument("--routers", type=int, default=1)
     parser.add_argument("--config", help="config file for raymoe serve")
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--in-process", action="store_true", help="the engine alone, CPU time")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server ends too
     vocab = json.loads((Path(args.model) / "config.json").read_text())["vocab_size"]
-    server = Server(args.model, args.groups, args.routers, args.config)
-    try:
-        rows = [measure(server, count, args, vocab) for count in args.decoding]
-    finally:
-        server.stop()
+    if args.in_process:
+        torch.set_num_threads(1)
+        engine, _ = local_engine(Path(args.model))
+        rows = [measure_engine(engine, count, args, vocab) for count in args.decoding]
+    else:
+        server = Server(args.model, args.groups, args.routers, args.config)
+        try:
+            rows = [measure(server, count, args, vocab) for count in args.decoding]
+        finally:
+            server.stop()
     print(table(list(rows[0]), [list(row.values()) for row in rows]))
     finish("prefill", vars(args), rows)
 
