@@ -43,6 +43,13 @@ def main() -> None:
     parser.add_argument("--quiet-s", type=float, default=20.0)
     parser.add_argument("--shift-s", type=float, default=30.0, help="each domain serves so long")
     parser.add_argument("--slow", type=float, default=3.0)
+    parser.add_argument(
+        "--base",
+        type=float,
+        default=1.0,
+        help="shift: all groups take so many times as long, by waiting: devices that do not share "
+        "this machine's cores",
+    )
     parser.add_argument("--copy-mb-s", type=float, default=1.0)
     parser.add_argument("--modes", nargs="+", choices=list(_MODES), default=list(_MODES))
     parser.add_argument("--only", nargs="+", choices=["migrate", "grow", "shift", "day"])
@@ -134,8 +141,13 @@ def shift(args: argparse.Namespace) -> dict[str, Any]:
         settings = {
             "model": args.model,
             "groups": [
-                {"kind": "fast", "count": 3, "memory_bytes": room},
-                {"kind": "slow", "count": 1, "memory_bytes": room, "slowdown": args.slow},
+                {"kind": "fast", "count": 3, "memory_bytes": room, "slowdown": args.base},
+                {
+                    "kind": "slow",
+                    "count": 1,
+                    "memory_bytes": room,
+                    "slowdown": args.base * args.slow,
+                },
             ],
             "routers": {"count": args.routers},
             "placement": {**placement, "plan_interval_s": 5.0},
