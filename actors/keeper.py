@@ -7,6 +7,7 @@ starts anew just looks and goes on. What the groups hold is none of its business
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -23,7 +24,9 @@ from raymoe.checkpoint.spec import ModelSpec
 from raymoe.config import DeploymentConfig
 from raymoe.table import GroupEndpoint
 
+log = logging.getLogger("raymoe.controller")
 _RESTART_PAUSE_S = (0.0, 0.5, 2.0, 5.0, 15.0)  # by deaths in a row, the last for all further ones
+_HEAD_PAUSE_S = 5.0  # before it is tried again when Ray itself could not start a group
 _PENDING_AFTER_S = 15.0  # a start that takes longer is looked into, this often
 _MOST_SAMPLES = 4096  # timings of a group kept until they are looked at
 
@@ -168,7 +171,6 @@ class GroupKeeper:
         return True
 
     def _spawn(self, group: LiveGroup) -> None:
-        kind = group.kind
         group.incarnation += 1
         self._lives[group.id] = group.incarnation
         self._clear(group)
@@ -176,9 +178,21 @@ class GroupKeeper:
         group.retry_at_s, group.load_failures = None, 0
         if group.gone_since_s is None:
             group.gone_since_s = group.spawned_s
+        try:
+            group.actor = self._start(group)
+        except Exception as error:  # Ray's head is away: what serves serves on
+            log.exception("group %s is not started", group.id)
+            group.state, group.last_error = LOST, f"cannot be started: {reason(error)}"
+            group.retry_at_s = group.spawned_s + _HEAD_PAUSE_S
+            group.deaths += not group.was_up  # so that a start that cannot succeed ends
+            return
+        self._watch(group)
+
+    def _start(self, group: LiveGroup) -> Any:
+        kind = group.kind
         # max_restarts=0: the death of a group that Ray does not restart is known within
         # milliseconds, and where its experts come back is decided here.
-        group.actor = self._cluster.start_group(
+        return self._cluster.start_group(
             group_name(self._config.name, group.id, group.incarnation),
             {
                 "max_restarts": 0,
@@ -196,7 +210,6 @@ class GroupKeeper:
             device=kind.device,
             slowdown=kind.slowdown,
         )
-        self._watch(group)
 
     @staticmethod
     def _clear(group: LiveGroup) -> None:
@@ -267,7 +280,12 @@ class GroupKeeper:
         if now - max(group.spawned_s, group.looked_s) < _PENDING_AFTER_S:
             return
         group.looked_s = now
-        if self._cluster.is_pending(group.actor) and group.state == STARTING:
+        try:
+            pending = self._cluster.is_pending(group.actor)
+        except Exception:
+            log.exception("Ray's head does not answer")
+            return
+        if pending and group.state == STARTING:
             group.state = PENDING
             group.last_error = "waits for resources: " + _asked_for(group)
             self.changes += 1

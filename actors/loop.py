@@ -6,6 +6,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 
@@ -32,6 +34,7 @@ from raymoe.config import DeploymentConfig
 from raymoe.control import ControlServer
 from raymoe.table import GroupEndpoint
 
+T = TypeVar("T")
 log = logging.getLogger("raymoe.controller")
 _LOOK_AROUND_S = 2.0  # draining nodes and newer controllers are looked for so often
 
@@ -103,7 +106,7 @@ class ControlLoop:
             self._seen, self._stepped_s = self.keeper.changes, now
             self.traffic.add(self._control.take_reports(), now)
             self._take_samples(now)
-            self.wanted.end_what_never_came()
+            self._try(self.wanted.end_what_never_came)
             if self._may_place(now):
                 self._step(now)
 
@@ -132,7 +135,7 @@ class ControlLoop:
         for action in actions:
             if isinstance(action, Retire):
                 self.history.say(f"group {action.group} retires: {action.why}")
-            self.wanted.act(action)
+            self._try(partial(self.wanted.act, action))
         measured = self.speeds.measured({g.id: g.kind.kind for g in self.groups.values()})
         for action in actions:
             if isinstance(action, Publish) and (self._all_served() or not self._starting()):
@@ -237,8 +240,17 @@ class ControlLoop:
             return
         if newest > self.term:
             raise TakenOver(f"a controller of term {newest} has taken over from {self.term}")
-        for group_id in self.wanted.leave_nodes(leaving):
+        for group_id in self._try(partial(self.wanted.leave_nodes, leaving)) or ():
             self.history.say(f"the node of group {group_id} is about to go: it is replaced")
+
+    @staticmethod
+    def _try(change: Callable[[], T]) -> T | None:
+        """What needs Ray's head, which may be away: it is asked for again at the next step."""
+        try:
+            return change()
+        except Exception:
+            log.exception("not done now")
+            return None
 
     def _take_samples(self, now: float) -> None:
         for group in self.groups.values():

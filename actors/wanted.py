@@ -34,10 +34,11 @@ class Wanted:
         self.intent = _stored(config, memory)
 
     def want(self, intent: Intent) -> None:
-        """From now on these groups, durably."""
+        """From now on these groups, durably. Raises, and nothing has changed, when that cannot be
+        kept (Ray's head is away)."""
         if intent != self.intent:
-            self.intent = intent
             self._memory.keep_intent(_to_store(self._config, intent))
+            self.intent = intent
             self._keeper.follow(intent)
             self._changed()
 

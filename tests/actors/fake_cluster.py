@@ -164,13 +164,14 @@ class _Method:
 
 
 class FakeCluster(RayCluster):
-    """All processes by name; `full`: new groups get no resources."""
+    """All processes by name; `full`: new groups get no resources; `head_away`: Ray's head does not
+    answer, what runs runs on."""
 
     def __init__(self, spec: ModelSpec) -> None:
         self.calls = FakeCalls()
         self.spec = spec
         self.processes: dict[str, Process] = {}
-        self.full = False
+        self.full = self.head_away = False
         self.leaving: set[str] = set()
         self.nodes = 0
 
@@ -183,6 +184,7 @@ class FakeCluster(RayCluster):
         return self.processes[name]
 
     def start_group(self, name: str, options: dict[str, Any], **arguments: Any) -> Any:
+        self._ask_head()
         self.nodes += 1
         process = Process(self.spec, name, arguments, f"node-{self.nodes}")
         process.placed = not self.full
@@ -190,9 +192,15 @@ class FakeCluster(RayCluster):
         return process
 
     def is_pending(self, actor: Any) -> bool:
+        self._ask_head()
         return not actor.placed
 
+    def _ask_head(self) -> None:
+        if self.head_away:
+            raise ConnectionError("Ray's head does not answer")
+
     def draining_nodes(self) -> set[str]:
+        self._ask_head()
         return self.leaving
 
     def kill(self, actor: Any) -> None:
@@ -218,9 +226,10 @@ class FakeCluster(RayCluster):
 
 
 class FakeMemory:
-    """Ray's KV."""
+    """Ray's KV, at its head."""
 
-    def __init__(self) -> None:
+    def __init__(self, cluster: FakeCluster) -> None:
+        self._cluster = cluster
         self._term = self._epoch = 0
         self._intent: dict[str, Any] | None = None
 
@@ -229,18 +238,21 @@ class FakeMemory:
         return self._term
 
     def term(self) -> int:
+        self._cluster._ask_head()
         return self._term
 
     def epoch(self) -> int:
         return self._epoch
 
     def keep_epoch(self, epoch: int) -> None:
+        self._cluster._ask_head()
         self._epoch = epoch
 
     def intent(self) -> dict[str, Any] | None:
         return self._intent
 
     def keep_intent(self, intent: dict[str, Any]) -> None:
+        self._cluster._ask_head()
         self._intent = intent
 
 
@@ -270,7 +282,8 @@ class World:
 
     def __init__(self, config: DeploymentConfig, spec: ModelSpec) -> None:
         self.config, self.spec = config, spec
-        self.cluster, self.memory, self.control = FakeCluster(spec), FakeMemory(), FakeControl()
+        self.cluster, self.control = FakeCluster(spec), FakeControl()
+        self.memory = FakeMemory(self.cluster)
         self.now = 1000.0
         self.work = 0.0  # of so many groups; those in the table share it
         self.loop = self.controller()

@@ -106,6 +106,63 @@ def test_what_survivors_cannot_hold_is_said_by_bytes_until_memory_is_back(tmp_pa
     assert w.served() and w.loop.complete() and not w.loop.problem
 
 
+def test_while_rays_head_is_away_experts_are_restored_and_groups_started_when_it_is_back(
+    tmp_path: Path,
+) -> None:
+    w = world(tmp_path, groups=3)
+    w.turns()
+    w.cluster.head_away = True
+    w.cluster.of("g1").die()
+    w.turns(80)
+    assert w.served(), "the others load what it held, and clients hear of it"
+    assert set(w.cluster.living()) == {"g0", "g2"}
+    assert "head does not answer" in w.loop.groups["g1"].last_error
+    before = w.loop.wanted.intent
+    with pytest.raises(ConnectionError):
+        scale(w, 4)
+    assert w.loop.wanted.intent == before, "an order that cannot be kept is refused"
+    w.cluster.head_away = False
+    w.turns(60)
+    assert w.served() and w.states() == {"g0": "ready", "g1": "ready", "g2": "ready"}
+    assert not w.loop.failed
+
+
+def test_a_start_that_ray_refuses_fails(tmp_path: Path) -> None:
+    w = world(tmp_path)
+    for process in w.cluster.processes.values():
+        process.die()
+    w.cluster.head_away = True
+    w.turns(120)
+    assert w.loop.failed is not None and "head does not answer" in w.loop.failed
+
+
+def test_a_start_goes_on_looking_while_the_head_is_away(tmp_path: Path) -> None:
+    w = world(tmp_path)
+    w.turns()
+    w.cluster.full = True
+    scale(w, 3)
+    w.cluster.head_away = True
+    w.turns(100)
+    assert w.served() and w.states()["g2"] == "starting"
+    w.cluster.head_away = False
+    w.turns(80)
+    assert w.states()["g2"] == "pending"
+
+
+def test_a_drain_goes_on_when_rays_head_is_back(tmp_path: Path) -> None:
+    w = world(tmp_path, groups=3)
+    w.turns()
+    w.cluster.full = True
+    scale(w, 4)  # one that starts all the while
+    scale(w, 2)
+    w.cluster.head_away = True
+    w.turns(80)
+    assert w.served()
+    w.cluster.head_away = False
+    w.turns(40)
+    assert len(w.states()) == 2 and w.served() and len(w.cluster.living()) == 2
+
+
 def test_all_groups_at_once(tmp_path: Path) -> None:
     w = world(tmp_path, groups=3)
     w.turns()
