@@ -38,7 +38,7 @@ def build(args: DeploymentConfig) -> Application:
     from raymoe.budget import check_budgets
     from raymoe.checkpoint.reader import read_spec
 
-    spec = read_spec(args.model)
+    spec = read_spec(args.model, compute_dtype=args.experts_dtype)
     check_budgets(args, spec)
     return application(args, spec.to_json())
 

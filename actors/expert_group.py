@@ -19,6 +19,7 @@ from raymoe.checkpoint.record import check_files, close_files
 from raymoe.checkpoint.spec import ModelSpec
 from raymoe.config import DeploymentConfig, read_secret
 from raymoe.errors import ConfigError, LinkError, PeerLost
+from raymoe.experts.devices import check_device
 from raymoe.experts.shard import ExpertShard
 from raymoe.group import GroupRuntime
 from raymoe.identity import identity_of
@@ -54,8 +55,7 @@ class ExpertGroup:
         self._id = group_id
         configure(checked.logging, "group", checked.name, self._surroundings)
         spec = ModelSpec.from_json(spec_json)
-        if device != "cpu" and not torch.cuda.is_available():
-            raise ConfigError(f"group {group_id}: device {device!r} is not to be had here")
+        check_device(device, memory_bytes, f"group {group_id}")
         check_files(spec)  # this node's copy must be the checkpoint the others serve
         self._ended = threading.Event()
         self._node, address = _where()
@@ -63,7 +63,7 @@ class ExpertGroup:
             spec,
             group_id,
             incarnation,
-            ExpertShard(spec, memory_bytes, device=device),
+            ExpertShard(spec, memory_bytes, device, getattr(torch, spec.compute_dtype)),
             identity_of(checked, spec),
             read_secret(checked),
             slowdown,

@@ -23,7 +23,9 @@ from raymoe.engine.aside import SettingAside
 from raymoe.engine.config import EngineConfig
 from raymoe.engine.engine import Engine
 from raymoe.engine.facts import eos_ids
+from raymoe.engine.hosted import HostedExperts
 from raymoe.errors import RouterUnavailable
+from raymoe.experts.devices import check_device
 from raymoe.gateway.tokenizer import GatewayTokenizer
 from raymoe.grammar.state import LateGrammars
 from raymoe.identity import identity_of
@@ -75,7 +77,9 @@ class Router:
         )
         self._control.start()
         self._await_table(self._config.placement.load_timeout_s)
-        model: Any = load_dense(spec, experts)
+        check_device(settings.device, settings.kv_bytes, self.router_id)
+        there = experts if settings.device == "cpu" else HostedExperts(experts, settings.device)
+        model: Any = load_dense(spec, there, dtype=settings.dtype, device=settings.device)
         vocab = model.config.get_text_config().vocab_size
         self._engine = Engine(
             model,

@@ -111,7 +111,7 @@ def _serve(args: argparse.Namespace) -> int:
     from raymoe.budget import check_budgets
     from raymoe.checkpoint.reader import read_spec
 
-    spec = read_spec(config.model)
+    spec = read_spec(config.model, compute_dtype=config.experts_dtype)
     check_budgets(config, spec)
     total = sum(b * e for b, e in zip(spec.expert_bytes, spec.experts_of_layer, strict=True))
     summary = (

@@ -36,12 +36,6 @@ def _torch_device(device: str) -> str:
     return device
 
 
-def _router_device(device: str) -> str:
-    if device != "cpu":
-        raise ValueError(f"routers run on cpu only so far, other devices are not built: {device!r}")
-    return device
-
-
 def _custom_resources(resources: dict[str, float]) -> dict[str, float]:
     for name, amount in resources.items():
         if name in _OWN_FIELDS:
@@ -113,8 +107,11 @@ class RoutersConfig(_Checked):
     label_selector: dict[str, str] = Field(
         default_factory=dict, description="Ray node labels a router asks for"
     )
-    device: Annotated[str, AfterValidator(_router_device)] = Field(
-        "cpu", description="torch device of the dense part; only cpu so far"
+    device: Annotated[str, AfterValidator(_torch_device)] = Field(
+        "cpu", description="torch device of the dense part and its KV cache: cpu, cuda or cuda:N"
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="dtype of the dense part and its KV cache"
     )
     kv_bytes: int = Field(512 * MIB, gt=0, description="bytes of the paged KV cache")
     block_tokens: int = Field(16, ge=1, le=1024, description="tokens a KV block holds")
@@ -338,6 +335,11 @@ class DeploymentConfig(_Checked):
     )
     groups: tuple[GroupsConfig, ...] = Field(
         (GroupsConfig(),), description="expert groups by kind (a number: that many, alike)"
+    )
+    experts_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="dtype that experts are held and computed in; bfloat16 halves their bytes, and "
+        "is slow on CPUs",
     )
     routers: RoutersConfig = RoutersConfig()
     gateway: GatewayConfig = GatewayConfig()

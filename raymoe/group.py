@@ -181,7 +181,13 @@ class GroupRuntime:
 
     def measure_speed(self, seconds: float = 0.3) -> GroupSpeed:
         """Time made-up experts on this device, slowdown included; needs no replica here."""
-        return measure_speed(self.spec, slowdown=self.slowdown, seconds=seconds)
+        return measure_speed(
+            self.spec,
+            device=self.shard.device,
+            dtype=self.shard.dtype,
+            slowdown=self.slowdown,
+            seconds=seconds,
+        )
 
     def report(self) -> GroupReport:
         """Totals since the start; cheap enough for every second. A message is counted just after

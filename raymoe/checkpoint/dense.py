@@ -49,9 +49,14 @@ class Experts(Protocol):
 
 
 def load_dense(
-    spec: ModelSpec, experts: Experts, *, dtype: str = "float32", attention: str | None = None
+    spec: ModelSpec,
+    experts: Experts,
+    *,
+    dtype: str = "float32",
+    attention: str | None = None,
+    device: str = "cpu",
 ) -> nn.Module:
-    """The model in eval mode, with `experts` called at every MoE layer.
+    """The model in eval mode on `device`, with `experts` called at every MoE layer.
 
     `attention` is a name registered with transformers; None leaves the family's default.
     Raises CheckpointError when a dense weight is missing.
@@ -95,6 +100,7 @@ def load_dense(
         )
     if spec.quantization == "fp8":
         _apply_scales(model, WeightFiles(Path(spec.path)))
+    model.to(device)
     bind(model, spec, experts)
     lay_out(model)
     evaluated: nn.Module = model.eval()

@@ -20,7 +20,9 @@ class _Done:
 
 
 class LocalExperts:
-    """All experts of a model in one shard on the CPU; `dispatch` computes, `combine` hands over."""
+    """All experts of a model in one shard, on whatever device it is; `dispatch` computes, `combine`
+    hands over. On another device than the CPU the gate's choice is read back, which waits for it.
+    """
 
     def __init__(self, shard: ExpertShard) -> None:
         self._shard = shard
@@ -30,6 +32,8 @@ class LocalExperts:
     ) -> _Done:
         """hidden [T, D], expert_ids int64 [T, K], gate_weights [T, K]."""
         top_k = expert_ids.shape[1]
+        if hidden.device.type != "cpu":
+            expert_ids, gate_weights = to_host(expert_ids, gate_weights)
         flat = expert_ids.reshape(-1).numpy()  # [P]
         # numpy: for a few hundred numbers its calls cost a third of torch's.
         order = flat.argsort(kind="stable")
@@ -51,3 +55,9 @@ class LocalExperts:
 
     def combine(self, pending: _Done) -> Tensor:
         return pending.out
+
+
+def to_host(expert_ids: Tensor, gate_weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Both [T, K] from a device in one copy: int64 and float32."""
+    both = torch.stack([expert_ids.int(), gate_weights.float().view(torch.int32)]).cpu()
+    return both[0].long(), both[1].view(torch.float32)

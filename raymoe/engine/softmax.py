@@ -1,4 +1,4 @@
-"""Softmax attention on plain tensors: torch's fused CPU operator, or plain operations.
+"""Softmax attention on plain tensors: torch's fused operators, or plain operations.
 
 Letters: b, h batch dimensions, t queries, d width.
 """
@@ -25,6 +25,15 @@ def attend(
     mask: additive. sinks: logits that broadcast to [b, h, t], take part in the softmax and add
     nothing. cap: scores are squashed to within it (tanh).
     """
+    if query.device.type != "cpu" and cap is None and sinks is None:
+        return torch.nn.functional.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=None if mask is None else mask.to(query.dtype),
+            is_causal=causal,
+            scale=scale,
+        )
     if query.device.type != "cpu" or cap is not None or value.shape[-1] != query.shape[-1]:
         return attend_plain(
             query, key, value, scale=scale, causal=causal, mask=mask, sinks=sinks, cap=cap

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from functools import lru_cache
 
@@ -9,11 +10,14 @@ import torch
 
 from raymoe.checkpoint.record import ExpertRecord
 from raymoe.checkpoint.spec import ExpertMaths, LayerSpec, ModelSpec, Source
-from raymoe.experts import compiled, panels
-from raymoe.experts.compiled import CompiledKernel
+from raymoe.experts import compiled, grouped, panels
+from raymoe.experts.compiled import PLAIN_SILU, CompiledKernel
+from raymoe.experts.grouped import GroupedKernel
 from raymoe.experts.kernels import ExpertKernel
 from raymoe.experts.panels import PanelKernel
 from raymoe.experts.plain import PlainKernel
+
+log = logging.getLogger(__name__)
 
 ROWS = 8  # tokens an expert while timing: 16 experts, top-4, 32 streams
 MOST_BYTES = 64 << 20  # of weights timed, so that they come from memory and start-up stays short
@@ -22,24 +26,23 @@ REPEATS = 5
 
 def choose_kernels(spec: ModelSpec, device: str, dtype: torch.dtype) -> list[ExpertKernel]:
     """One kernel for each layer; layers of one shape and maths share it."""
-    plain: ExpertKernel = PlainKernel(device, dtype)
-    if torch.device(device).type != "cpu":
-        return [plain] * spec.layers
-    known: dict[str, ExpertKernel] = {"plain": plain}
+    known: dict[str, ExpertKernel] = {}
     chosen = []
     for layer in spec.layer_specs:
-        names = candidates(layer, dtype)
+        names = candidates(layer, dtype, device)
         name = names[0]
         if len(names) > 1:
-            name = fastest(spec.hidden, layer.inner, layer.maths.gated, dtype, names)
+            name = fastest(spec.hidden, layer.inner, layer.maths, dtype, names, device)
         if name not in known:
-            known[name] = make(name, dtype)
+            known[name] = make(name, dtype, device)
         chosen.append(known[name])
     return chosen
 
 
-def candidates(layer: LayerSpec, dtype: torch.dtype) -> tuple[str, ...]:
-    """The kernels for the CPU that can do this layer."""
+def candidates(layer: LayerSpec, dtype: torch.dtype, device: str = "cpu") -> tuple[str, ...]:
+    """The kernels that can do this layer on a device; the first can do any."""
+    if torch.device(device).type != "cpu":
+        return ("plain", "grouped") if grouped.fits(layer) else ("plain",)
     names = ["plain"]
     if panels.fits(layer):
         names.append("panels")
@@ -48,48 +51,88 @@ def candidates(layer: LayerSpec, dtype: torch.dtype) -> tuple[str, ...]:
     return tuple(names)
 
 
-def make(name: str, dtype: torch.dtype) -> ExpertKernel:
-    """A kernel for the CPU."""
+def make(name: str, dtype: torch.dtype, device: str = "cpu") -> ExpertKernel:
+    """A kernel by its name."""
     if name == "compiled":
         return CompiledKernel()
-    return PanelKernel(dtype) if name == "panels" else PlainKernel("cpu", dtype)
+    if name == "grouped":
+        return GroupedKernel(device, dtype)
+    return PanelKernel(dtype) if name == "panels" else PlainKernel(device, dtype)
 
 
 @lru_cache(maxsize=32)
 def fastest(
-    hidden: int, inner: int, gated: bool, dtype: torch.dtype, names: tuple[str, ...]
+    hidden: int,
+    inner: int,
+    maths: ExpertMaths,
+    dtype: torch.dtype,
+    names: tuple[str, ...],
+    device: str = "cpu",
 ) -> str:
-    """Time the kernels on experts of this shape; 10-100 ms, once a process and shape."""
-    layer = shape_only(hidden, inner, gated)
+    """Time the kernels on experts of this shape; 10-100 ms, once a process and shape.
+
+    On other devices than the CPU they are compiled first, seconds where no earlier process has
+    done it; one that fails or gives something else than the first is left out.
+    """
+    layer = shape_only(hidden, inner, maths)
     experts = max(1, min(8, MOST_BYTES // (layer.parameters * dtype.itemsize)))
+    draw = torch.Generator().manual_seed(0)
     record = ExpertRecord(
-        tensors={s.tensor: torch.full(s.shape, 0.01, dtype=dtype) for s in layer.sources}
+        tensors={
+            s.tensor: (torch.randn(s.shape, generator=draw) * s.shape[0] ** -0.5).to(dtype)
+            for s in layer.sources
+        }
     )
-    x = torch.full((ROWS, hidden), 0.01, dtype=dtype)
-    token_of_pair = torch.arange(ROWS, dtype=torch.int32).repeat(experts)
-    best = {}
+    x = torch.randn(ROWS, hidden, generator=draw).to(device, dtype)
+    token_of_pair = torch.arange(ROWS, dtype=torch.int32).repeat(experts).to(device)
+    counts = [ROWS] * experts
+    on_cpu = torch.device(device).type == "cpu"
+    clock = time.thread_time if on_cpu else time.perf_counter
+    best: dict[str, float] = {}
+    truth: torch.Tensor | None = None
     for name in names:
-        kernel = make(name, dtype)
-        replicas = [kernel.prepare(layer, record) for _ in range(experts)]
         times = []
-        for _ in range(REPEATS):
-            start = time.thread_time()
-            kernel.run(layer, replicas, [ROWS] * experts, x, token_of_pair)
-            times.append(time.thread_time() - start)
+        try:
+            kernel = make(name, dtype, device)
+            replicas = [kernel.prepare(layer, record) for _ in range(experts)]
+            found = kernel.run(layer, replicas, counts, x, token_of_pair)
+            if truth is None:
+                truth = found.clone()
+            elif not on_cpu and not _alike(found, truth):
+                raise ValueError("its results differ")
+            for _ in range(REPEATS):
+                start = clock()
+                kernel.run(layer, replicas, counts, x, token_of_pair)
+                if not on_cpu:
+                    torch.cuda.synchronize(device)
+                times.append(clock() - start)
+        except Exception as why:
+            if on_cpu or truth is None:
+                raise
+            log.warning("expert kernel %r is not used for %d x %d: %r", name, hidden, inner, why)
+            continue
         best[name] = min(times)
-    return min(names, key=lambda name: best[name])
+    return min(best, key=lambda name: best[name])
 
 
-def shape_only(hidden: int, inner: int, gated: bool = True) -> LayerSpec:
-    """A layer of silu experts that exists in no checkpoint."""
-    up = (hidden, inner * (2 if gated else 1))
+def _alike(found: torch.Tensor, truth: torch.Tensor) -> bool:
+    """Within rounding of bfloat16, as whole tensors."""
+    differ = (found.double() - truth.double()).norm() / truth.double().norm()
+    return bool(differ < 0.03)
+
+
+def shape_only(hidden: int, inner: int, maths: ExpertMaths = PLAIN_SILU) -> LayerSpec:
+    """A layer of experts that exists in no checkpoint."""
+    up = inner * (2 if maths.gated else 1)
+    shapes: dict[str, tuple[int, ...]] = {"up": (hidden, up), "down": (inner, hidden)}
+    if maths.bias:
+        shapes |= {"up_bias": (up,), "down_bias": (hidden,)}
     return LayerSpec(
         name="",
         experts=1,
         inner=inner,
-        maths=ExpertMaths(activation="silu", gated=gated),
-        sources=(
-            Source(tensor="up", keys=(), pick="key", shape=up),
-            Source(tensor="down", keys=(), pick="key", shape=(inner, hidden)),
+        maths=maths,
+        sources=tuple(
+            Source(tensor=name, keys=(), pick="key", shape=shape) for name, shape in shapes.items()
         ),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,20 +22,32 @@ class PlainKernel:
         self._device = device
         self._dtype = dtype
         self._scratches = Scratches(self._scratch)
+        cuda = torch.device(device).type == "cuda"
+        # Replicas come and go beside the messages, whose stream they must not hold up.
+        self._beside: Any = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
 
     def prepare(self, layer: LayerSpec, record: ExpertRecord) -> Replica:
-        return {
-            name: torch.empty(tensor.shape, dtype=self._dtype, device=self._device).copy_(tensor)
-            for name, tensor in record.tensors.items()
-        }
+        with torch.cuda.stream(self._beside):  # None: nothing happens
+            made = {
+                name: torch.empty(tensor.shape, dtype=self._dtype, device=self._device).copy_(
+                    tensor
+                )
+                for name, tensor in record.tensors.items()
+            }
+        if self._beside is not None:
+            self._beside.synchronize()
+            for tensor in made.values():  # dropped, its memory waits for messages under way
+                tensor.record_stream(torch.cuda.default_stream(self._device))
+        return made
 
     def record(self, layer: LayerSpec, prepared: Replica, dtype: torch.dtype) -> ExpertRecord:
-        return ExpertRecord(
-            tensors={
-                name: torch.empty(tensor.shape, dtype=dtype).copy_(tensor)
-                for name, tensor in prepared.items()
-            }
-        )
+        with torch.cuda.stream(self._beside):
+            return ExpertRecord(
+                tensors={
+                    name: torch.empty(tensor.shape, dtype=dtype).copy_(tensor)
+                    for name, tensor in prepared.items()
+                }
+            )
 
     def run(
         self,

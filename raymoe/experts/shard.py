@@ -14,6 +14,7 @@ from raymoe.errors import CheckpointError, ConfigError
 from raymoe.experts.choose import choose_kernels
 from raymoe.experts.compiled import CompiledKernel, ReplicaTable
 from raymoe.experts.kernels import ExpertKernel, Prepared
+from raymoe.experts.staging import Pairs, Staging
 from raymoe.links.protocol import PARTIAL, ROWS, Call, check_words
 
 
@@ -35,7 +36,8 @@ class ExpertShard:
     ) -> None:
         self.spec = spec
         self.budget_bytes = budget_bytes
-        self._dtype = dtype
+        self.device = device
+        self.dtype = self._dtype = dtype
         self._kernels = (
             choose_kernels(spec, device, dtype) if kernel is None else [kernel] * spec.layers
         )
@@ -47,6 +49,8 @@ class ExpertShard:
             None if k is None else k.table(replicas)
             for k, replicas in zip(self._compiled, self._replicas, strict=True)
         ]
+        on = torch.device(device)
+        self._staging = None if on.type == "cpu" else Staging(on)
         self._resident_bytes = 0
         self._change = threading.Lock()
         self._compute = threading.Lock()
@@ -143,6 +147,9 @@ class ExpertShard:
         With weights: out [N, D] = sum over the pairs of a row of weight * FFN(x[row]), cast to
         out's dtype. Without: out [P, D], the unweighted row of each pair in the given order.
 
+        All in host memory, and `out` is written on return. Of a shard on another device x and out
+        may both lie there instead: then it is written in the order of the device's stream.
+
         Returns the experts that are not held; then nothing was computed. Empty when done.
         """
         table, experts = self._tables[layer], expert_ids.tolist()
@@ -161,6 +168,11 @@ class ExpertShard:
             if not exact:
                 out.copy_(total)
             return []
+        if self._staging is not None:
+            self._compute_staged(
+                self._staging, layer, replicas, counts, x, token_of_pair, weights, out
+            )
+            return []
         with self._compute, torch.inference_mode():
             if x.dtype != self._dtype:
                 x = x.to(self._dtype)
@@ -175,6 +187,31 @@ class ExpertShard:
                 total = torch.empty(out.shape, dtype=self._dtype, device=x.device)
                 out.copy_(_sum(of_pair, weights, token_of_pair, total))
         return []
+
+    def _compute_staged(
+        self,
+        staging: Staging,
+        layer: int,
+        replicas: list[Prepared],
+        counts: Tensor,
+        x: Tensor,
+        token_of_pair: Tensor,
+        weights: Tensor | None,
+        out: Tensor,
+    ) -> None:
+        """On another device than the CPU."""
+        with self._compute, torch.inference_mode(), staging.on_device():
+            host = x.device.type == "cpu"
+            there = (staging.up(x) if host else x).to(self._dtype)
+            pairs = Pairs(token_of_pair, weights, len(x), staging.device)
+            of_pair = self._kernels[layer].run(
+                self.spec.layer_specs[layer], replicas, counts.tolist(), there, pairs.token_of_pair
+            )  # [P, D], scratch
+            rows = (of_pair if weights is None else pairs.weigh(of_pair)).to(out.dtype)
+            if host:
+                staging.down(rows, out)
+            else:
+                out.copy_(rows)
 
     def compute_at(self, call: Call, words: int, weights: int | None, x: int, out: int) -> bool:
         """`compute` on addresses, all float32 and int32, for a message that has been checked.

@@ -47,7 +47,7 @@ def settings(**overrides: Any) -> DeploymentConfig:
         ({"groups": ({"slowdown": float("inf")},)}, "slowdown"),
         ({"placement__interval_s": float("nan")}, "placement.interval_s"),
         ({"data_plane__slot_bytes": (1 << 30) + 1}, "data_plane.slot_bytes"),
-        ({"routers__device": "cuda"}, "routers.device.*not built"),
+        ({"routers__device": "gpu0"}, "routers.device"),
         ({"gateway__route_prefix": "demo"}, "gateway.route_prefix"),
         ({"gateway__route_prefix": "/demo/"}, "gateway.route_prefix"),
         ({"gateway__drain_s": -1}, "gateway.drain_s"),

@@ -33,15 +33,16 @@ def stock_engine(family: str = "qwen3_moe", **config: Any) -> Engine:
     return Engine(stock_model(family), None, EngineConfig(**{**SMALL, **config}))
 
 
-def local_engine(path: Path, **config: Any) -> Engine:
+def local_engine(path: Path, device: str = "cpu", **config: Any) -> Engine:
     """An engine over a checkpoint's dense part, with its experts in this process."""
     spec = read_spec(path)
-    shard = ExpertShard(spec, budget_bytes=1 << 30)
+    shard = ExpertShard(spec, budget_bytes=1 << 30, device=device)
     for layer, count in enumerate(spec.experts_of_layer):
         for expert in range(count):
             shard.add(layer, expert, load_expert(spec, layer, expert))
     experts = LocalExperts(shard)
-    return Engine(load_dense(spec, experts), experts, EngineConfig(**{**SMALL, **config}))
+    model = load_dense(spec, experts, device=device)
+    return Engine(model, experts, EngineConfig(**{**SMALL, **config}))
 
 
 def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
@@ -113,7 +114,7 @@ def generate(
     model: Any, prompt_ids: tuple[int, ...], tokens: int
 ) -> tuple[list[int], torch.Tensor]:
     """Stock greedy generation without end-of-text: token ids, and logits [tokens, V]."""
-    ids = torch.tensor([prompt_ids])
+    ids = torch.tensor([prompt_ids], device=model.device)
     made = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens,
         do_sample=False, return_dict_in_generate=True, output_logits=True, pad_token_id=0,

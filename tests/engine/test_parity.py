@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from raymoe.checkpoint.families import load_config, model_class
 from raymoe.engine.cached import CachedModel
 from raymoe.engine.paged import PagedModel
 from tests.checkpoint.parity import NEAR_TIE
+from tests.devices import HAS_CUDA
 from tests.engine.support import Outcome, finish, generate, local_engine, prompt, request
 from tests.zoo import FAMILIES, REQUIRED, tiny_checkpoint
 
@@ -18,15 +20,17 @@ from tests.zoo import FAMILIES, REQUIRED, tiny_checkpoint
 MORE = ("mimo_v2_flash", "longcat_flash", "gemma4_text", "flint")
 SLOW = ("qwen3_next", "jamba", "minimax", "deepseek_v32")
 
+ON_DEVICE = ("qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "llama4_text", "gemma4_text")
+
 PROMPTS = (3, 40, 17, 50)  # one and a half of the tiny sliding window
 NEW = (12, 4, 8, 6)
 
 
-def compare(family: str, folder: Path, kind: type) -> None:
+def compare(family: str, folder: Path, kind: type, device: str = "cpu") -> None:
     path = tiny_checkpoint(family, folder)
     stock: Any = model_class(load_config(path))
-    stock = stock.from_pretrained(path, dtype="float32").eval()
-    engine = local_engine(path, chunk_tokens=24, max_batch=3, kv_bytes=4 << 20)
+    stock = stock.from_pretrained(path, dtype="float32").eval().to(device)
+    engine = local_engine(path, device, chunk_tokens=24, max_batch=3, kv_bytes=4 << 20)
     assert isinstance(engine._model, kind)
     requests = [
         request(str(n), prompt(PROMPTS[n], n), max_tokens=NEW[n], min_tokens=NEW[n],
@@ -64,6 +68,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("family", [*REQUIRED, *MORE])
 def test_packed_families(family: str, folder: Path) -> None:
     compare(family, folder, PagedModel)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device here")
+@pytest.mark.parametrize("family", ON_DEVICE)
+def test_families_on_a_device(family: str, folder: Path) -> None:
+    """Float32 without TF32, which is how torch starts."""
+    assert not torch.backends.cuda.matmul.allow_tf32
+    compare(family, folder, PagedModel, "cuda")
 
 
 @pytest.mark.parity

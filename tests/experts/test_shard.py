@@ -17,6 +17,7 @@ from raymoe.checkpoint.spec import LayerSpec, ModelSpec
 from raymoe.errors import CheckpointError, ConfigError
 from raymoe.experts.kernels import IdentityKernel
 from raymoe.experts.shard import ExpertShard
+from tests.devices import DEVICES
 from tests.experts.specs import model_spec, random_record, slow_ffn
 
 SPEC = model_spec()
@@ -41,6 +42,7 @@ def message(runs: dict[int, list[int]]) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @settings(max_examples=40, deadline=None)
 @given(
     runs=st.dictionaries(
@@ -48,8 +50,10 @@ def message(runs: dict[int, list[int]]) -> tuple[Tensor, Tensor, Tensor]:
     ),
     layer=st.integers(0, 1),
 )
-def test_both_modes_against_the_slow_way(runs: dict[int, list[int]], layer: int) -> None:
-    shard = full_shard()
+def test_both_modes_against_the_slow_way(
+    device: str, runs: dict[int, list[int]], layer: int
+) -> None:
+    shard = full_shard(device=device)
     expert_ids, counts, token_of_pair = message(runs)
     x = torch.randn(7, 32, generator=torch.Generator().manual_seed(len(runs)))
     weights = torch.rand(len(token_of_pair), generator=torch.Generator().manual_seed(7))
@@ -70,9 +74,10 @@ def test_both_modes_against_the_slow_way(runs: dict[int, list[int]], layer: int)
     torch.testing.assert_close(sums.double(), total, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("wire", [torch.bfloat16, torch.float16])
-def test_half_precision_on_the_wire_is_summed_in_float32(wire: torch.dtype) -> None:
-    shard = full_shard()
+def test_half_precision_on_the_wire_is_summed_in_float32(wire: torch.dtype, device: str) -> None:
+    shard = full_shard(device=device)
     expert_ids, counts, token_of_pair = message({0: [0, 1], 3: [1, 0], 5: [1]})
     x = torch.randn(2, 32).to(wire)
     weights = torch.rand(5)
@@ -187,9 +192,10 @@ def test_resident_bytes_are_what_the_tensors_take() -> None:
         assert shard.resident_bytes == taken
 
 
-def test_record_for_a_peer_is_the_record_that_was_added() -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_record_for_a_peer_is_the_record_that_was_added(device: str) -> None:
     spec = model_spec(stored="bfloat16")
-    shard = full_shard(spec)
+    shard = full_shard(spec, device=device)
     record = shard.record(1, 4)
     assert record is not None
     assert record.checksum == random_record(spec, 1, 4).checksum
@@ -207,9 +213,10 @@ def test_identity_kernel_returns_weighted_inputs() -> None:
     assert torch.equal(out, x)
 
 
-def test_experts_come_and_go_while_a_thread_computes() -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_experts_come_and_go_while_a_thread_computes(device: str) -> None:
     """A message is computed rightly or names what is missing; never a wrong number or a crash."""
-    shard = full_shard()
+    shard = full_shard(device=device)
     expert_ids, counts, token_of_pair = message({0: [0, 1], 1: [2], 3: [0, 3], 5: [1]})
     x, weights = torch.randn(4, 32), torch.rand(6)
     truth = torch.empty(4, 32)

@@ -18,7 +18,7 @@ from raymoe.links.link import SlotTerms
 from raymoe.links.server import ServerConfig
 
 SECRET = b"a secret of the tests only"
-LAYERS, EXPERTS, HIDDEN, INNER, TOP_K = 2, 4, 16, 8, 2
+LAYERS, EXPERTS, HIDDEN, INNER, TOP_K = 2, 4, 16, 16, 2
 
 
 def write_checkpoint(folder: Path) -> ModelSpec:
@@ -71,7 +71,8 @@ def make_group(
     config = ServerConfig(
         inproc=True, terms=SlotTerms(request_bytes=32 << 10, reply_bytes=32 << 10)
     )
-    shard = options.pop("shard", None) or ExpertShard(spec, budget)
+    device = options.pop("device", "cpu")
+    shard = options.pop("shard", None) or ExpertShard(spec, budget, device)
     return GroupRuntime(
         spec, group_id, incarnation, shard, identity(), SECRET, node="n", config=config, **options
     )

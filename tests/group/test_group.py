@@ -23,6 +23,7 @@ from raymoe.experts.shard import ExpertShard
 from raymoe.group import GroupRuntime
 from raymoe.speed import GroupSpeed, fit_speed
 from raymoe.table import RoutingTable
+from tests.devices import DEVICES
 from tests.group.small_model import (
     EXPERTS,
     HIDDEN,
@@ -98,11 +99,12 @@ def check(client: ExpertClient, spec: ModelSpec, tokens: int, layer: int, seed: 
     torch.testing.assert_close(out, reference(spec, layer, *batch), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("mode", ["partial", "rows"])
 def test_two_groups_compute_the_layers(
-    spec: ModelSpec, make: Callable[..., GroupRuntime], mode: str
+    spec: ModelSpec, make: Callable[..., GroupRuntime], mode: str, device: str
 ) -> None:
-    a, b = make("a"), make("b")
+    a, b = make("a", device=device), make("b", device=device)
     for layer in range(LAYERS):
         for expert in range(EXPERTS - layer):
             (a if expert % 2 else b).add_from_checkpoint(layer, expert)
@@ -121,10 +123,11 @@ def test_two_groups_compute_the_layers(
         client.close()
 
 
+@pytest.mark.parametrize("device", DEVICES)
 def test_two_clients_share_a_group_and_their_messages_merge(
-    spec: ModelSpec, make: Callable[..., GroupRuntime], monkeypatch: pytest.MonkeyPatch
+    spec: ModelSpec, make: Callable[..., GroupRuntime], monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
-    group = make("a", slowdown=5.0)
+    group = make("a", slowdown=5.0, device=device)
     for expert in range(EXPERTS):
         group.add_from_checkpoint(0, expert)
     merged: list[int] = []
@@ -160,10 +163,11 @@ def test_two_clients_share_a_group_and_their_messages_merge(
             client.close()
 
 
+@pytest.mark.parametrize("device", DEVICES)
 def test_missing_experts_are_refused_and_found_elsewhere(
-    spec: ModelSpec, make: Callable[..., GroupRuntime]
+    spec: ModelSpec, make: Callable[..., GroupRuntime], device: str
 ) -> None:
-    a, b = make("a"), make("b")
+    a, b = make("a", device=device), make("b", device=device)
     for expert in range(EXPERTS):
         a.add_from_checkpoint(0, expert)
         b.add_from_checkpoint(0, expert)
@@ -245,10 +249,11 @@ def test_slowdown_takes_so_many_times_as_long(make: Callable[..., GroupRuntime])
         make("b", slowdown=0.5)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_replica_is_copied_from_a_peer_while_both_serve(
-    spec: ModelSpec, make: Callable[..., GroupRuntime]
+    spec: ModelSpec, make: Callable[..., GroupRuntime], device: str
 ) -> None:
-    a, b = make("a"), make("b")
+    a, b = make("a", device=device), make("b", device=device)
     for expert in range(EXPERTS):
         a.add_from_checkpoint(0, expert)
     client = make_client()
@@ -373,10 +378,11 @@ def test_close_ends_every_thread(spec: ModelSpec) -> None:
     assert not left
 
 
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_killed_group_is_replaced_by_its_next_incarnation(
-    spec: ModelSpec, make: Callable[..., GroupRuntime]
+    spec: ModelSpec, make: Callable[..., GroupRuntime], device: str
 ) -> None:
-    a = make("a")
+    a = make("a", device=device)
     for expert in range(EXPERTS):
         a.add_from_checkpoint(0, expert)
     client = make_client()
@@ -385,7 +391,7 @@ def test_a_killed_group_is_replaced_by_its_next_incarnation(
         check(client, spec, 3, 0, 0)
         a.close()
         pending = client.dispatch(0, *(batch := draw(6, 0, 1)))
-        again = make("a", incarnation=2)
+        again = make("a", incarnation=2, device=device)
         for expert in range(EXPERTS):
             again.add_from_checkpoint(0, expert)
         client.set_table(table_of([again], epoch=2))
@@ -396,6 +402,7 @@ def test_a_killed_group_is_replaced_by_its_next_incarnation(
         client.close()
 
 
+@pytest.mark.parametrize("device", DEVICES)
 def test_measured_speed_is_positive_and_slowdown_shows(
     spec: ModelSpec, make: Callable[..., GroupRuntime]
 ) -> None:

@@ -23,6 +23,7 @@ from raymoe.group import GroupRuntime
 from raymoe.links.link import SlotTerms
 from raymoe.links.server import ServerConfig
 from raymoe.table import GroupEndpoint, RoutingTable
+from tests.devices import DEVICES
 from tests.group.small_model import (
     EXPERTS,
     HIDDEN,
@@ -34,14 +35,14 @@ from tests.group.small_model import (
 )
 
 
-def serve(spec_json: str, group_id: str, pipe: Connection) -> None:
+def serve(spec_json: str, group_id: str, device: str, pipe: Connection) -> None:
     """A process with one group that holds everything."""
     torch.set_num_threads(1)
     spec = ModelSpec.from_json(spec_json)
     config = ServerConfig(
         tcp_host=None, terms=SlotTerms(request_bytes=32 << 10, reply_bytes=32 << 10)
     )
-    shard = ExpertShard(spec, 1 << 20)
+    shard = ExpertShard(spec, 1 << 20, device)
     group = GroupRuntime(spec, group_id, 1, shard, identity(), SECRET, node="n", config=config)
     for layer, experts in enumerate(spec.experts_of_layer):
         for expert in range(experts):
@@ -52,19 +53,23 @@ def serve(spec_json: str, group_id: str, pipe: Connection) -> None:
 
 
 @pytest.fixture
-def fleet(tmp_path: Path) -> Iterator[tuple[ModelSpec, dict[str, Any], dict[str, GroupEndpoint]]]:
+def fleet(
+    tmp_path: Path, device: str
+) -> Iterator[tuple[ModelSpec, dict[str, Any], dict[str, GroupEndpoint]]]:
     spec = write_checkpoint(tmp_path)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.group.test_killed_groups"])  # torch is imported once
     processes, endpoints, pipes = {}, {}, {}
     for group_id in ("a", "b", "c"):
         pipes[group_id], far = context.Pipe()
-        process = context.Process(target=serve, args=(spec.to_json(), group_id, far), daemon=True)
+        process = context.Process(
+            target=serve, args=(spec.to_json(), group_id, device, far), daemon=True
+        )
         process.start()
         far.close()
         processes[group_id] = process
     for group_id, pipe in pipes.items():
-        assert pipe.poll(60)
+        assert pipe.poll(120)
         endpoints[group_id] = pipe.recv()
     yield spec, processes, endpoints
     for process in processes.values():
@@ -72,7 +77,9 @@ def fleet(tmp_path: Path) -> Iterator[tuple[ModelSpec, dict[str, Any], dict[str,
         process.join()
 
 
+@pytest.mark.parametrize("device", DEVICES)
 def test_sums_stay_right_while_groups_are_killed_and_stopped(
+    device: str,
     fleet: tuple[ModelSpec, dict[str, Any], dict[str, GroupEndpoint]],
 ) -> None:
     spec, processes, endpoints = fleet
