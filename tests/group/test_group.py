@@ -404,9 +404,9 @@ def test_a_killed_group_is_replaced_by_its_next_incarnation(
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_measured_speed_is_positive_and_slowdown_shows(
-    spec: ModelSpec, make: Callable[..., GroupRuntime]
+    spec: ModelSpec, make: Callable[..., GroupRuntime], device: str
 ) -> None:
-    group = make("a")
+    group = make("a", device=device)
     speed = group.measure_speed(seconds=0.05)
     assert speed.pairs_per_s > 0
     assert speed.alpha_s >= 0 and speed.gamma_s >= 0
