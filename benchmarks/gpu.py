@@ -41,7 +41,7 @@ from raymoe.client import ClientConfig, ExpertClient
 from raymoe.engine.hosted import HostedExperts
 from raymoe.engine.local import LocalExperts
 from raymoe.experts.choose import choose_kernels, shape_only
-from raymoe.experts.grouped import GroupedKernel, Tiles, tiles_for, words_of
+from raymoe.experts.grouped import DeviceReplica, GroupedKernel, Tiles, tiles_for, words_of
 from raymoe.experts.plain import PlainKernel
 from raymoe.experts.shard import ExpertShard
 from raymoe.group import GroupRuntime
@@ -156,7 +156,7 @@ def one_message(
     rows, pairs = host_rows.to(DEVICE), len(host_rows)
     x = torch.randn(tokens, hidden, device=DEVICE, dtype=DTYPE)
     replicas = [
-        [{name: part[e] for name, part in layer.items()} for e in active.tolist()]
+        [DeviceReplica({name: part[e] for name, part in layer.items()}) for e in active.tolist()]
         for layer in weights
     ]
     inner = torch.empty(pairs, spec.inner, device=DEVICE, dtype=DTYPE)

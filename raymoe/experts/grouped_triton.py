@@ -9,14 +9,12 @@ singly and lie where the allocator put them. So a message's experts need no tens
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def _activate(g: Any, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr) -> Any:
+def _activate(g, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr):
     """`raymoe.experts.activations`, in float32."""
     if ACTIVATION == "silu":
         g = g * tl.sigmoid(g * ALPHA)

@@ -57,8 +57,11 @@ def fleet(
     tmp_path: Path, device: str
 ) -> Iterator[tuple[ModelSpec, dict[str, Any], dict[str, GroupEndpoint]]]:
     spec = write_checkpoint(tmp_path)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.group.test_killed_groups"])  # torch is imported once
+    if device == "cpu":
+        context: Any = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.group.test_killed_groups"])  # torch is imported once
+    else:
+        context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
     processes, endpoints, pipes = {}, {}, {}
     for group_id in ("a", "b", "c"):
         pipes[group_id], far = context.Pipe()
