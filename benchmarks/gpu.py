@@ -173,7 +173,7 @@ def one_message(
 
         return run
 
-    tiles = tiles_for(pairs, len(counts), DTYPE)
+    tiles = tiles_for(pairs, len(counts), spec.inner, DTYPE)
     numbers = spec.parameters * len(counts)
     floor = max(
         2 * numbers / ceilings["bytes_per_s"], 2 * spec.parameters * pairs / ceilings["flop_per_s"]

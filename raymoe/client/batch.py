@@ -173,7 +173,8 @@ class Batch:
 
     def add(self, message: Message, rows: npt.NDArray[Any]) -> None:
         """Take the reply to `message`: rows [N, D] or, in rows mode, [P, D] (carrier dtype)."""
-        if rows.dtype != np.float32:
+        converted = rows.dtype != np.float32
+        if converted:
             rows = _from_carrier(rows, self.wire)
         self.open_pairs -= message.pair_count
         if self.mode != PARTIAL:
@@ -183,7 +184,10 @@ class Batch:
             return
         every_token = message.token_count == self.tokens
         if self._out is None:
-            first = rows.copy() if every_token else self._spread(message.tokens, rows)
+            if not every_token:
+                first = self._spread(message.tokens, rows)
+            else:  # a conversion is a copy already
+                first = rows if converted else rows.copy()
             self._out = torch.from_numpy(first)
             self.out_address = self._out.data_ptr()
             return

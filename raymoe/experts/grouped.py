@@ -31,20 +31,25 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# By mean tokens of an active expert; found with `python -m benchmarks.gpu --tiles` on an H100.
-FEW = Tiles(16, 64, 128, 4, 3)
-SOME = Tiles(32, 64, 64, 4, 4)
-MANY = Tiles(64, 128, 64, 8, 3)
+# The fastest, or near it, of those that `python -m benchmarks.gpu --tiles` tries, on an H200:
+FEW = Tiles(16, 64, 128, 4, 4)
+"""Few tokens an expert and few experts: narrow, so that there is work for the whole device."""
+WIDE = Tiles(16, 128, 64, 4, 3)
+"""Few tokens an expert, many experts."""
+MANY = Tiles(64, 128, 32, 4, 4)
 EXACT = Tiles(16, 32, 32, 4, 2)
 """float32: products without tensor cores."""
+ENOUGH = 264
+"""Programs: two on each multiprocessor of an H100 or H200."""
 
 
-def tiles_for(pairs: int, experts: int, dtype: torch.dtype) -> Tiles:
-    """What a message of so many pairs over so many active experts is cut into."""
+def tiles_for(pairs: int, experts: int, inner: int, dtype: torch.dtype) -> Tiles:
+    """What a message of so many pairs over so many active experts of F `inner` is cut into."""
     if dtype is torch.float32:
         return EXACT
-    each = pairs / max(experts, 1)
-    return FEW if each <= 16 else SOME if each <= 32 else MANY
+    if pairs > 32 * experts:
+        return MANY
+    return WIDE if experts * inner >= ENOUGH * WIDE.columns else FEW
 
 
 @lru_cache(maxsize=1)
@@ -102,7 +107,7 @@ class GroupedKernel(PlainKernel):
         _, _, inner, result = self._scratches.of(layer, x.shape[1]).head(pairs)
         if not pairs:
             return result
-        tiles = self._tiles or tiles_for(pairs, len(replicas), self._dtype)
+        tiles = self._tiles or tiles_for(pairs, len(replicas), layer.inner, self._dtype)
         words, at, count = words_of(replicas, counts, tiles.rows)
         # From pageable memory: the copy has left it when the call returns.
         there = torch.from_numpy(words).to(x.device, non_blocking=True)

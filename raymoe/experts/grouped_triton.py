@@ -135,7 +135,7 @@ def down(
 
 @triton.jit
 def weigh(out, of_pair, weights, order, bounds, D, BN: tl.constexpr):
-    """out [N, D] float32 = sums of weight * of_pair [P, D] over the pairs of each token.
+    """out [N, D] = sums in float32 of weight * of_pair [P, D] over the pairs of each token.
 
     order int32 [P]: pairs by token; bounds int32 [N + 1]: where each token's begin. Program (token,
     block of D). Always in the same order, so that the same message gives the same sums.
@@ -148,4 +148,5 @@ def weigh(out, of_pair, weights, order, bounds, D, BN: tl.constexpr):
         pair = tl.load(order + at).to(tl.int64)
         row = tl.load(of_pair + pair * D + n, mask=inside, other=0.0)
         total += tl.load(weights + pair) * row.to(tl.float32)
-    tl.store(out + token.to(tl.int64) * D + n, total, mask=inside)
+    to = out + token.to(tl.int64) * D + n
+    tl.store(to, total.to(out.dtype.element_ty), mask=inside)

@@ -207,11 +207,13 @@ class ExpertShard:
             of_pair = self._kernels[layer].run(
                 self.spec.layer_specs[layer], replicas, counts.tolist(), there, pairs.token_of_pair
             )  # [P, D], scratch
-            rows = (of_pair if weights is None else pairs.weigh(of_pair)).to(out.dtype)
+            rows = staging.room(out) if host else out
+            if weights is None:
+                rows.copy_(of_pair)
+            else:
+                pairs.weigh(of_pair, rows)
             if host:
                 staging.down(rows, out)
-            else:
-                out.copy_(rows)
 
     def compute_at(self, call: Call, words: int, weights: int | None, x: int, out: int) -> bool:
         """`compute` on addresses, all float32 and int32, for a message that has been checked.

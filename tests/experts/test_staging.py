@@ -10,7 +10,7 @@ from raymoe.errors import ConfigError
 from raymoe.experts import choose
 from raymoe.experts.choose import candidates, choose_kernels, make
 from raymoe.experts.devices import check_device
-from raymoe.experts.grouped import EXACT, FEW, MANY, tile_table, tiles_for
+from raymoe.experts.grouped import EXACT, FEW, MANY, WIDE, tile_table, tiles_for
 from raymoe.experts.plain import PlainKernel
 from raymoe.experts.shard import ExpertShard
 from raymoe.experts.staging import Pairs, Staging
@@ -37,9 +37,10 @@ def test_tiles_cover_every_pair_once() -> None:
 
 
 def test_tiles_by_tokens_an_expert_and_dtype() -> None:
-    assert tiles_for(8, 8, torch.bfloat16) is FEW
-    assert tiles_for(4096, 64, torch.bfloat16) is MANY
-    assert tiles_for(4096, 64, torch.float32) is EXACT
+    assert tiles_for(8, 8, 768, torch.bfloat16) is FEW
+    assert tiles_for(256, 64, 768, torch.bfloat16) is WIDE
+    assert tiles_for(4096, 64, 768, torch.bfloat16) is MANY
+    assert tiles_for(4096, 64, 768, torch.float32) is EXACT
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -76,9 +77,11 @@ def test_pairs_are_weighed_token_by_token(device: str) -> None:
     of_pair = torch.randn(6, 1500, generator=draw)
     weights = torch.rand(6, generator=draw)
     pairs = Pairs(rows, weights, 4, torch.device(device))
-    found = pairs.weigh(of_pair.to(device)).cpu()
     truth = torch.zeros(4, 1500).index_add_(0, rows, of_pair * weights[:, None])
-    torch.testing.assert_close(found, truth)
+    for dtype in (torch.float32, torch.bfloat16):
+        found = torch.full((4, 1500), torch.nan, dtype=dtype, device=device)
+        pairs.weigh(of_pair.to(device), found)
+        torch.testing.assert_close(found.cpu(), truth.to(dtype))
     assert torch.equal(pairs.token_of_pair.cpu(), rows)
 
 
