@@ -34,6 +34,7 @@ ALLOWED = {
             "raymoe/ui": {"fastapi", "starlette"},
             "raymoe/rpc": {"grpc", "grpc_health", "grpc_reflection", "google"},
             "raymoe/tracing.py": {"opentelemetry"},
+            "raymoe/experts/grouped_triton.py": {"triton"},  # of torch with CUDA
             "raymoe/plot_plan.py": {"matplotlib"},
             "raymoe/vllm_plugin": {"vllm"},
         },
