@@ -34,12 +34,13 @@ class Elastic:
         self._drains = {i: d for i, d in self._drains.items() if i in known - snapshot.draining}
         coming = [*snapshot.starting, *(self._spec(s) for s in self._spawns.values())]
         fleet = replace(snapshot.fleet, groups=(*snapshot.fleet.groups, *coming))
+        measured = snapshot.busy is not None
         decision = self.autoscaler.step(
             fleet,
             rate,
             target,
             now,
-            balancedness=_balancedness(target, rate, snapshot.fleet),
+            balancedness=1.0 if measured else _balancedness(target, rate, snapshot.fleet),
             queue_s=snapshot.queue_s,
             draining=snapshot.draining | set(self._drains),
             measured=snapshot.busy,
