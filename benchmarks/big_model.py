@@ -64,7 +64,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(args.seed)
     vocabulary = int(config["vocab_size"])
     shared = torch.randn(len(_DOMAINS), args.hidden, generator=generator)  # a domain's direction
-    index = {}
+    index: dict[str, str] = {}  # tensor -> file
     dense = _ends(shared, vocabulary, generator)
     for layer in range(args.layers):
         dense |= _layer(layer, config, shared, args.skew, generator)
