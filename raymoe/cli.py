@@ -110,9 +110,11 @@ def _serve(args: argparse.Namespace) -> int:
 
     from raymoe.budget import check_budgets
     from raymoe.checkpoint.reader import read_spec
+    from raymoe.gateway.tokenizer import GatewayTokenizer
 
     spec = read_spec(config.model, compute_dtype=config.experts_dtype)
     check_budgets(config, spec)
+    GatewayTokenizer.load(spec.path)  # said here in a sentence, and not by a replica of Ray Serve
     total = sum(b * e for b, e in zip(spec.expert_bytes, spec.experts_of_layer, strict=True))
     summary = (
         f"{config.served_model_name} ({spec.family}): {spec.layers} MoE layers x {spec.experts} "

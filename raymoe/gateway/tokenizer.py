@@ -41,10 +41,17 @@ class GatewayTokenizer:
         from transformers import AutoTokenizer
 
         try:
-            return cls(AutoTokenizer.from_pretrained(path, trust_remote_code=False))
-        except (OSError, ValueError, KeyError, ImportError) as error:
+            found = cls(AutoTokenizer.from_pretrained(path, trust_remote_code=False))
+        except Exception as error:  # of two libraries: any kind
             first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise CheckpointError(f"{path} has no tokenizer that loads: {first_line}") from error
+        if len(found._hf) <= len(found.special_ids):
+            # transformers makes an empty one of the model's kind where there are no files
+            raise CheckpointError(
+                f"{path} has no tokenizer: put its files (tokenizer.json, tokenizer_config.json) "
+                "beside config.json"
+            )
+        return found
 
     def grammar_start(self, vocab: int, eos_ids: Iterable[int]) -> GrammarStart:
         """How outputs that follow a grammar begin, for logits [V = `vocab`].

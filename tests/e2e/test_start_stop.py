@@ -48,6 +48,11 @@ def test_checkpoint_corrupt(tmp_path: Path) -> None:
     assert "model.safetensors" in refused(str(tmp_path / "m"))
 
 
+def test_tokenizer_missing(tmp_path: Path) -> None:
+    shutil.copytree(DEMO, tmp_path / "m", ignore=shutil.ignore_patterns("tokenizer*"))
+    assert "tokenizer.json" in refused(str(tmp_path / "m"))
+
+
 def test_not_an_moe(tmp_path: Path) -> None:
     shutil.copytree(DEMO, tmp_path / "m")
     config = json.loads((DEMO / "config.json").read_text())

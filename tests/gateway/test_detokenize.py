@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from raymoe.errors import CheckpointError
 from raymoe.gateway.detokenize import ByteDetokenizer, WindowDetokenizer, byte_alphabet
 from raymoe.gateway.tokenizer import GatewayTokenizer
 from tests.gateway.tiny_tokenizer import SPECIALS, TEXT, tiny_tokenizer
@@ -181,3 +184,12 @@ def test_specials_are_where_the_fixture_says() -> None:
 def test_a_text_has_at_least_as_many_tokens_as_said(text: str) -> None:
     for one in (text, text * 5, f"{text}<|end|> {text}"):
         assert TINY.least_tokens(one) <= len(TINY.encode(one))
+
+
+def test_a_folder_without_a_tokenizer_or_with_a_broken_one_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe"}')
+    with pytest.raises(CheckpointError, match="put its files"):
+        GatewayTokenizer.load(str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "none"}}')
+    with pytest.raises(CheckpointError, match="no tokenizer that loads"):
+        GatewayTokenizer.load(str(tmp_path))
