@@ -271,10 +271,14 @@ class PlacementController:
 
 def ensure_controller(config: DeploymentConfig, spec_json: str) -> ActorHandle:
     """The deployment's controller, started if it is not there; Ray restarts it when it dies."""
+    options = {"max_restarts": -1, "max_task_retries": 0, "num_cpus": 0, "max_concurrency": 64}
+    # An actor that asks for nothing is put on any node, and keeps a node of experts from being
+    # given back when its group has gone: the controller goes where routers go.
+    where = config.routers.label_selector
     return spawn(
         PlacementController,
         controller_name(config.name),
-        {"max_restarts": -1, "max_task_retries": 0, "num_cpus": 0, "max_concurrency": 64},
+        {**options, "label_selector": where} if where else options,
         config=config.model_dump(mode="json"),
         spec_json=spec_json,
     )

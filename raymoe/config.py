@@ -416,6 +416,10 @@ def parse_config(data: dict[str, Any], source: str) -> DeploymentConfig:
             what = error["msg"].removeprefix("Value error, ")
             if error["type"] == "extra_forbidden":
                 what = "unknown setting"
+            elif error["type"] == "missing":
+                what = "must be set"
+            if field == "model" and error["type"] == "missing":
+                what += ": a checkpoint folder or a Hugging Face id"
             named = not error["loc"] or what.startswith(field)
             wrong.append(what if named else f"{field}: {what}")
         raise ConfigError(f"wrong settings in {source}: " + "; ".join(wrong)) from e

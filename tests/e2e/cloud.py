@@ -165,6 +165,13 @@ class Cloud:
         raise AssertionError((self._folder / "log").read_text()[-4000:])
 
 
+def node_of(pid: int) -> str:
+    """Id of the node that a process of Ray's runs on: its raylet is above it."""
+    above = psutil.Process(pid).parents()
+    (raylet,) = [process for process in above if process.name() == "raylet"]
+    return raylet.environ()["RAY_CLOUD_INSTANCE_ID"]
+
+
 def _raylets(root: psutil.Process) -> Iterator[tuple[str, psutil.Process]]:
     """(node id, process) of every raylet below `root`."""
     for process in root.children(recursive=True):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.e2e.cloud import Cloud
+from tests.e2e.cloud import Cloud, node_of
 from tests.e2e.conftest import DEMO, Deployment, run_raymoe
 from tests.e2e.streams import Streams
 from tests.e2e.traffic import Client
@@ -57,6 +57,11 @@ class Elastic:
         assert all(nodes[g["node"]] == kind for g in of_kind), "a group in another kind's pool"
         return [g for g in of_kind if g["state"] == "ready" and g["replicas"] > 0]
 
+    def pool_of_the_controller(self) -> str:
+        """On a node of experts it would keep that node from being given back."""
+        pid = self._running.get("/status")["controller"]["pid"]
+        return self._cloud.nodes()[node_of(pid)]
+
     def scale(self, kind: str, count: int) -> None:
         port = str(self._running.port)
         done = run_raymoe("scale", "--groups", str(count), "--kind", kind, "--port", port)
@@ -91,6 +96,7 @@ def test_nodes_come_are_replaced_and_go_with_the_groups(tmp_path: Path) -> None:
             )
             assert cloud.pools() == ["h100", "l4", "serving"]
             assert len(elastic.groups("h100")) == len(elastic.groups("l4")) == 1
+            assert elastic.pool_of_the_controller() == "serving"
             with Streams(Client(running), PROMPTS, 40, threads=2):
                 _changes(cloud, elastic)
             running.stop()

@@ -210,6 +210,12 @@ SERVE: list[tuple[Mistake, str]] = [
         "Gateway: two are needed, on two pods",
     ),
     (in_config("survive: group", "survive: none"), "leaves no room"),
+    (
+        in_config(
+            "kv_bytes: 6000000000\n        label_selector: {raymoe-pool: serving}", "kv_bytes: 1"
+        ),
+        "controller: goes",
+    ),
     (in_config("min_count: 3", "min_count: 1"), "none beside one"),
     (
         lambda d: d.remove(named(d, "PodDisruptionBudget", "raymoe-experts")),

@@ -131,6 +131,10 @@ def placeable(docs: list[Doc]) -> Iterator[str]:
                 yield f"{what}: could be scaled without max_count beyond what the pool has"
             most = one.max_count or one.count
         used[places[0]] += most * _share(workers(docs)[places[0]], one)
+    wanted_labels = settings.routers.label_selector.items()
+    serving = workers(docs)["serving"].get("labels", {})
+    if not wanted_labels or not wanted_labels <= serving.items():
+        yield "controller: goes where routers.label_selector leads, else to any pod"
     for name, share in used.items():
         if share > workers(docs)[name]["maxReplicas"]:
             yield f"{name}: maxReplicas is too small for what may be there ({share:.2f} pods)"
