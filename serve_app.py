@@ -13,16 +13,22 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 
+from actors.door import Door
 from actors.gateway import gateway_app
 from actors.router import Router
 from raymoe.config import DeploymentConfig, GatewayConfig, RoutersConfig
+
+_DOOR_CPUS = 0.01  # it waits, then sleeps; with none at all it could be put on a node of experts
 
 
 @serve.ingress()
 class Gateway:
     """The OpenAI endpoint as a Serve ingress replica: the app is built where it runs."""
 
-    def __init__(self, config: dict[str, Any], spec_json: str, routers: Any) -> None:
+    def __init__(
+        self, config: dict[str, Any], spec_json: str, routers: Any, door: Any = None
+    ) -> None:
+        # Handles of what belongs to the application; tokens do not travel through them.
         self._config, self._spec_json = config, spec_json
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -32,6 +38,8 @@ class Gateway:
 def build(args: DeploymentConfig) -> Application:
     """The application of a Serve config: Ray Serve allows a builder this one argument.
 
+    It is RUNNING for Serve once the endpoint answers at every proxy, see `actors.door`.
+
     Raises `CheckpointError` when the checkpoint cannot be served, `PlacementError` when the groups
     are too small for it.
     """
@@ -40,11 +48,24 @@ def build(args: DeploymentConfig) -> Application:
 
     spec = read_spec(args.model, compute_dtype=args.experts_dtype)
     check_budgets(args, spec)
-    return application(args, spec.to_json())
+    door = serve.deployment(
+        Door,
+        name="Door",
+        ray_actor_options=_where(
+            GatewayConfig(num_cpus=_DOOR_CPUS, label_selector=args.gateway.label_selector)
+        ),
+        graceful_shutdown_timeout_s=1,
+    ).bind(args.placement.load_timeout_s)
+    return application(args, spec.to_json(), door)
 
 
-def application(settings: DeploymentConfig, spec_json: str) -> Application:
-    """The application of one deployment; `spec_json` is the `ModelSpec` of its checkpoint."""
+def application(
+    settings: DeploymentConfig, spec_json: str, door: Application | None = None
+) -> Application:
+    """The application of one deployment; `spec_json` is the `ModelSpec` of its checkpoint.
+
+    With a `door`, the application is not RUNNING before that is.
+    """
     config = settings.model_dump(mode="json")
     routers, gateway = settings.routers, settings.gateway
     router = serve.deployment(
@@ -63,7 +84,7 @@ def application(settings: DeploymentConfig, spec_json: str) -> Application:
         max_ongoing_requests=gateway.max_in_flight + 64,  # ours answers 429 before Serve does
         ray_actor_options=_where(gateway),
         graceful_shutdown_timeout_s=5,
-    ).bind(config, spec_json, router)
+    ).bind(config, spec_json, router, *([] if door is None else [door]))
 
 
 def _where(wanted: RoutersConfig | GatewayConfig) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from ray.serve._private.api import call_user_app_builder_with_args_if_necessary 
 
 import serve_app
 from placement.errors import PlacementError
+from raymoe.config import DeploymentConfig
 
 DEMO = str(Path(__file__).resolve().parents[1] / "models" / "demo")
 
@@ -19,6 +20,17 @@ def test_serve_can_call_the_builder() -> None:
     gateway = app._bound_deployment
     router = gateway.init_args[2]._bound_deployment
     assert (gateway.name, router.name, router.num_replicas) == ("Gateway", "Router", 2)
+
+
+def test_only_in_a_serve_config_the_door_is_waited_for() -> None:
+    where = {"label_selector": {"pool": "serving"}, "resources": {"slot": 1}}
+    app = serve_builds(serve_app.build, {"model": DEMO, "gateway": where})
+    door = app._bound_deployment.init_args[3]._bound_deployment
+    assert door.name == "Door"
+    assert door.ray_actor_options["label_selector"] == {"pool": "serving"}
+    assert 0 < door.ray_actor_options["num_cpus"] < 0.1 and not door.ray_actor_options["resources"]
+    settings = DeploymentConfig(model=DEMO)
+    assert len(serve_app.application(settings, "{}")._bound_deployment.init_args) == 3
 
 
 def test_arguments_are_checked() -> None:

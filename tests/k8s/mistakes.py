@@ -184,6 +184,7 @@ SERVE: list[tuple[Mistake, str]] = [
     (in_config("/models/model", "Qwen/Qwen3-30B-A3B"), "not mounted"),
     (in_config("graceful_shutdown_timeout_s: 270", "health_check_period_s: 5"), "must fill"),
     (lambda d: service(d).update(rayClusterDeletionDelaySeconds=60), "old cluster"),
+    (lambda d: main(d, "serving")["readinessProbe"].update(periodSeconds=10), "before it is ready"),
     (
         lambda d: variable(d, "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S").update(value="120"),
         "long streams",

@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from ray.serve.schema import ServeDeploySchema
 
+from actors.door import HOLD_S
 from raymoe.config import DeploymentConfig, GatewayConfig, GroupsConfig, RoutersConfig, parse_config
 from raymoe.errors import ConfigError
 from tests.k8s.overlays import Doc, of_kind, pods, quantity, workers
@@ -44,7 +45,7 @@ def serve_takes_it(docs: list[Doc]) -> Iterator[str]:
     for application in config["applications"]:
         if application["import_path"] != "serve_app:build":
             yield f"import_path {application['import_path']} is not serve_app:build"
-        known = {"Router", "Gateway"}
+        known = {"Router", "Gateway", "Door"}
         for name in {d["name"] for d in application.get("deployments", [])} - known:
             yield f"the application has no deployment {name!r}"
 
@@ -107,6 +108,9 @@ def lasts(docs: list[Doc]) -> Iterator[str]:
         if float(pod.env("RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S") or 120) <= timeout_s:
             yield f"{pod.owner}: a reload of the proxy cuts long streams"
         if pod.labels["app.kubernetes.io/component"] == "serving":
+            probe = pod.main["readinessProbe"]
+            if probe.get("periodSeconds", 10) * probe.get("successThreshold", 1) >= HOLD_S:
+                yield f"{pod.owner}: a new cluster is RUNNING before it is ready (actors/door.py)"
             drain_s = float(pod.env(DRAIN) or 30)
             if not drain_s / 2 <= grace.get("Gateway", 5) < drain_s:
                 yield "Gateway.graceful_shutdown_timeout_s must fill the serving pods' drain"
