@@ -76,7 +76,7 @@ class Router:
             client=self._experts,
         )
         self._control.start()
-        self._await_table(self._config.placement.load_timeout_s)
+        self._await_experts(self._config.placement.load_timeout_s)
         check_device(settings.device, settings.kv_bytes, self.router_id)
         there = experts if settings.device == "cpu" else HostedExperts(experts, settings.device)
         model: Any = load_dense(spec, there, dtype=settings.dtype, device=settings.device)
@@ -146,13 +146,17 @@ class Router:
         term, epoch = self._experts.epoch or (None, None)
         return {"router": self.router_id, "term": term, "epoch": epoch}
 
-    def _await_table(self, limit_s: float) -> None:
-        """The engine tries a few tokens when it is made: experts must answer by then."""
+    def _await_experts(self, limit_s: float) -> None:
+        """This router is there for Serve, and so for readiness probes, once it reaches every expert
+        that the table calls ready; of those that were lost the controller knows."""
         deadline = time.monotonic() + limit_s
-        while self._experts.epoch is None:
+        while (missing := self._experts.out_of_reach()) != 0:
             if time.monotonic() > deadline:
                 raise RouterUnavailable(
                     f"no placement table within {limit_s:.0f} s: {self._control.last_error}"
+                    if missing is None
+                    else f"{missing} experts cannot be reached after {limit_s:.0f} s; only the "
+                    f"groups {', '.join(self._experts.connected()) or '(none)'} answer"
                 )
             time.sleep(0.05)
 

@@ -147,6 +147,14 @@ class ExpertClient:
         missing: list[int] = np.flatnonzero(routes.home[layer] < 0).tolist()
         return missing
 
+    def out_of_reach(self) -> int | None:
+        """How many experts that the table calls ready no live link leads to; None without one."""
+        routes = self._routes
+        if routes is None:
+            return None
+        ready = routes.routing.table.resident.any(2)  # [L, E]
+        return int((ready & ~routes.resident.any(2)).sum())
+
     def take_counts(self) -> Ints:
         """Pairs dispatched to each expert since the last call: int64 [L, E]."""
         with self._lock:

@@ -276,6 +276,24 @@ def test_idle_links_are_pinged_and_a_lost_one_is_replaced() -> None:
         client.close()
 
 
+def test_what_no_live_link_leads_to_is_counted_until_it_is_reached() -> None:
+    near, far = ScriptedGroup("near", {(0, 0), (0, 1)}), ScriptedGroup("far", {(0, 1), (0, 2)})
+    fleet = Fleet([near, far], layers=1, experts=4)  # expert 3 is lost: of that the table tells
+    table = fleet.table(1)
+    client = make_client(fleet)
+    try:
+        assert client.out_of_reach() is None
+        far.reachable = False
+        client.set_table(table)
+        wait_until(lambda: client.connected() == ("near",))
+        wait_until(lambda: client.out_of_reach() == 1)
+        far.reachable = True
+        wait_until(lambda: client.out_of_reach() == 0)
+        assert client.absent(0) == [3]
+    finally:
+        client.close()
+
+
 def test_nack_lists_what_is_missing_and_the_rest_stays_on_its_group() -> None:
     a = ScriptedGroup("a", {(0, 0), (0, 1)})
     b = ScriptedGroup("b", {(0, 0)})
