@@ -49,8 +49,11 @@ def answer(url: str, timeout_s: float) -> int | str:
 class Pod:
     """Runs from the start; `ready` follows its readiness probe."""
 
-    def __init__(self, cluster: str, name: str, number: int, group: Doc, head: str | None) -> None:
-        """`number` ends its address; `head` is the head pod's address, None for that itself."""
+    def __init__(
+        self, cluster: str, name: str, number: int, group: Doc, head: str | None, redis: Doc
+    ) -> None:
+        """`number` ends its address; `head` is the head pod's address, None for that itself;
+        `redis` the cluster's gcsFaultToleranceOptions, if it has any."""
         self.name, self.ip = f"{cluster}-{name}", f"{NETWORK}.{number}"
         spec = group["template"]["spec"]
         container = spec["containers"][0]
@@ -61,11 +64,11 @@ class Pod:
         self._network = f"rmk-{self.name}"
         self._folder = Path(tempfile.mkdtemp(prefix=f"pod-{self.name}-"))
         self._join_network()
-        variables = environment(group, cluster, self.name, head)
+        variables = environment(group, cluster, self.name, head, redis)
         variables |= {"PATH": f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin"}
         variables |= {"HOME": "/tmp", "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
         script = self._folder / "start.sh"
-        script.write_text(self._script(spec, start_command(group, head), variables))
+        script.write_text(self._script(spec, start_command(group, head, redis), variables))
         self.log = self._folder / "log"
         alone = ["unshare", "--mount", "--pid", "--fork", "--propagation", "private"]
         with self.log.open("w") as log:
@@ -158,6 +161,7 @@ exec chroot {root} {_LOCKED} env -i {listed} bash -c 'cd /tmp; exec /bin/bash -c
 
     def remove(self) -> None:
         """Nothing of it is left, whatever state it is in."""
+        self.terminating = True
         if self._process.poll() is None:
             try:
                 os.kill(self.first_process(), signal.SIGKILL)
