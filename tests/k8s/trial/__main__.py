@@ -23,7 +23,7 @@ from tests.k8s.trial.cluster import Cluster, check_pods, say, wait_until
 from tests.k8s.trial.kuberay import REDIS_PASSWORD
 from tests.k8s.trial.pod import BRIDGE, NETWORK, Pod, run
 
-_BESIDE_S = 25.0  # both clusters run: what is open on the old one ends there
+_BESIDE_S = 15.0  # both clusters run: what is open on the old one ends there
 _WITHOUT_HEAD_S = 20.0
 
 
