@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from actors.local import free_port
+from tests.e2e.collector import Collector, collecting
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "models" / "demo"
@@ -115,9 +116,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="package")
-def deployment() -> Iterator[Deployment]:
+def log_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the processes of `deployment` log, in JSON, each request too."""
+    return tmp_path_factory.mktemp("logs")
+
+
+@pytest.fixture(scope="package")
+def collector() -> Iterator[Collector]:
+    """What `deployment` sends its spans to."""
+    with collecting() as running:
+        yield running
+
+
+@pytest.fixture(scope="package")
+def deployment(log_folder: Path, collector: Collector) -> Iterator[Deployment]:
     """The demo model on three groups and two routers; shared by the tests of this folder."""
-    running = Deployment(str(DEMO), "--groups", "3", "--routers", "2")
+    logs = ("--log-format", "json", "--log-requests", "--log-folder", str(log_folder))
+    env = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url}
+    running = Deployment(str(DEMO), "--groups", "3", "--routers", "2", *logs, env=env)
     try:
         running.wait_ready()
         yield running

@@ -19,6 +19,13 @@ ray.get(getattr(controller, sys.argv[3]).remote(*json.loads(sys.argv[4])), timeo
 """
 
 
+_PORT = """
+import sys, ray
+ray.init(address=sys.argv[1], logging_level="ERROR", log_to_driver=False)
+print("port", ray.nodes()[0]["MetricsExportPort"])
+"""
+
+
 def ray_address(deployment: Deployment) -> str:
     """Where the GCS of this deployment's own Ray listens."""
     for process in deployment.tree():
@@ -30,9 +37,18 @@ def ray_address(deployment: Deployment) -> str:
 
 def call_controller(deployment: Deployment, method: str, *arguments: Any) -> None:
     """One call of the controller, made from a process that joins the deployment's Ray."""
-    told = [ray_address(deployment), "raymoe", method, json.dumps(list(arguments))]
+    _run(_CALL, ray_address(deployment), "raymoe", method, json.dumps(list(arguments)))
+
+
+def ray_metrics_port(deployment: Deployment) -> int:
+    """Where the agent of Ray's (first) node exports metrics."""
+    said = _run(_PORT, ray_address(deployment))
+    return int(said.rsplit("port ", 1)[1])
+
+
+def _run(code: str, *told: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", _CALL, *told],
+        [sys.executable, "-c", code, *told],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -40,3 +56,4 @@ def call_controller(deployment: Deployment, method: str, *arguments: Any) -> Non
         env={**os.environ, "RAY_AUTH_MODE": "disabled"},
     )
     assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
