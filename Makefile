@@ -40,7 +40,7 @@ $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
 	@touch $@
 
-test-vllm: $(VLLM_STAMP)  ## the plugin under vLLM's CPU build
+test-vllm: $(VLLM_STAMP)  ## plugin and router engine under vLLM's CPU build
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm
 
 lint: install

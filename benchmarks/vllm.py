@@ -1,12 +1,18 @@
-"""Tokens/s of vLLM with raymoe's experts against vLLM with its own, on the same cores.
+"""Tokens/s of vLLM with raymoe's experts against vLLM with its own, and against raymoe's engine.
 
     .venv-vllm/bin/python -m benchmarks.vllm [--model models/demo | --wide] [--streams 1 8 32]
 
-One run, paired: the engines take turns at the same prompts, every figure is a median over turns.
-Offline, greedy, float32, eager, 32 new tokens of ragged prompts of 16 to 112 random ids, no prefix
-cache. vLLM alone gets the better of the given numbers of OpenMP threads; the engine over raymoe and
-each of its groups have one. CPU time counts every process of a side, so it can be compared on a
-machine that others use too.
+One run, paired: the engines take turns at the same prompts, every figure is a median over turns,
+every ratio a median of the turns' ratios. Greedy, float32, eager, 32 new tokens of ragged prompts
+of 16 to 112 random ids, no prefix cache. The sides, all over the same two groups but the last:
+
+    raymoe    vllm.LLM with load_format="raymoe"
+    router    VllmEngine, as a router of `raymoe serve --engine vllm` runs it (AsyncLLM)
+    embedded  raymoe's own engine, as a router runs it
+    vllm      vllm.LLM alone, with the better of the given numbers of OpenMP threads
+
+Engines over groups and the groups have one thread each. CPU time counts every process of a side, so
+it can be compared on a machine that others use too.
 """
 
 from __future__ import annotations
@@ -15,6 +21,7 @@ import argparse
 import json
 import multiprocessing as mp
 import os
+import queue
 import statistics
 import tempfile
 import time
@@ -53,8 +60,8 @@ def write_wide_checkpoint(folder: Path) -> Path:
     )  # fmt: skip
 
 
-def serve_engine(model: str, threads: int, settings: dict[str, Any] | None, pipe: Any) -> None:
-    """A process with one engine: answers prompts with (seconds, totals of its client)."""
+def serve_llm(model: str, threads: int, settings: dict[str, Any] | None, pipe: Any) -> None:
+    """A process with one vllm.LLM: answers prompts with (seconds, totals of its client)."""
     os.environ.update({**ENVIRONMENT, "OMP_NUM_THREADS": str(threads)})
     from vllm import LLM, SamplingParams
 
@@ -76,6 +83,59 @@ def serve_engine(model: str, threads: int, settings: dict[str, Any] | None, pipe
         pipe.send((seconds, engine.apply_model(client_totals)[0] if settings else None))
 
 
+def serve_router(model: str, kind: str, settings: dict[str, Any], pipe: Any) -> None:
+    """A process with the engine of a router ("router" or "embedded")."""
+    os.environ.update({**ENVIRONMENT, "OMP_NUM_THREADS": "1"})
+    import torch
+
+    from raymoe.checkpoint.reader import read_spec
+    from raymoe.config import parse_config, read_secret
+    from raymoe.identity import identity_of
+    from raymoe.requests import GenerationRequest, SamplingParams
+    from raymoe.vllm_plugin.settings import host_and_port
+
+    torch.set_num_threads(1)
+    routers = {"max_batch": 32, "prefix_cache": False, "max_context_tokens": 256}
+    values: dict[str, Any] = {
+        "model": model, "secret_file": settings["secret_file"], "routers": routers
+    }  # fmt: skip
+    if kind == "router":
+        values |= {"engine": "vllm", "vllm": {"engine_args": {"block_size": 32}}}
+    config, spec = parse_config(values, source="benchmark"), read_spec(model)
+    here: dict[str, Any] = {
+        "name": f"{kind}-{os.getpid()}",
+        "node": settings["node"],
+        "controller": lambda: host_and_port(settings["controller"]),
+    }
+    if kind == "router":
+        from raymoe.vllm_plugin.engine import VllmEngine
+
+        engine: Any = VllmEngine(config, spec, folder=Path(tempfile.mkdtemp()), **here)
+    else:
+        from actors.embedded import EmbeddedEngine
+
+        identity, secret = identity_of(config, spec), read_secret(config)
+        engine = EmbeddedEngine(config, spec, identity=identity, secret=secret, **here)
+    ended: queue.SimpleQueue[str] = queue.SimpleQueue()
+    engine.start(
+        lambda events: [ended.put(e.finish) for e in events if e.finish], lambda: ended.put("died")
+    )
+    sampling = SamplingParams(seed=0, temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)
+    pipe.send(None)
+    while (prompts := pipe.recv()) is not None:
+        began = time.perf_counter()
+        for number, prompt in enumerate(prompts):
+            request = GenerationRequest(
+                request_id=f"{began}-{number}", prompt_ids=tuple(prompt), sampling=sampling
+            )
+            engine.submit(request)
+        finished = [ended.get(timeout=300) for _ in prompts]
+        seconds = time.perf_counter() - began
+        assert set(finished) == {"length"}, finished
+        pipe.send((seconds, None))
+    engine.close()
+
+
 def client_totals(model: Any) -> dict[str, float]:
     """Seconds in each part of the exchange, and how many layers' batches there were."""
     stats = next(m.remote for m in model.modules() if getattr(m, "remote", None)).client.stats
@@ -86,18 +146,15 @@ def client_totals(model: Any) -> dict[str, float]:
 class Side:
     """One engine in its process, with the groups that work for it."""
 
-    def __init__(self, model: Path, threads: int, fleet: Any = None, settings: Any = None) -> None:
+    def __init__(self, name: str, serve: Any, *arguments: Any, fleet: Any = None) -> None:
         context = mp.get_context("spawn")
-        self.threads = threads
+        self.name = name
         self._pipe, far = context.Pipe()
-        self._process = context.Process(
-            target=serve_engine, args=(str(model), threads, settings, far), daemon=True
-        )
+        self._process = context.Process(target=serve, args=(*arguments, far))
         self._process.start()
         far.close()
         self._pipe.recv()
-        pids = [self._process.pid, *(p.pid for p in (fleet.processes.values() if fleet else ()))]
-        self._processes = [psutil.Process(pid) for pid in pids]
+        self._groups = [psutil.Process(p.pid) for p in fleet.processes.values()] if fleet else []
 
     def run(self, prompts: list[list[int]]) -> dict[str, Any]:
         before = self._cpu_s()
@@ -111,9 +168,14 @@ class Side:
         }
 
     def _cpu_s(self) -> float:
-        return sum(t.user + t.system for t in (p.cpu_times() for p in self._processes))
+        """Of the engine with its processes, and of the groups."""
+        own = psutil.Process(self._process.pid)
+        every = [own, *own.children(recursive=True), *self._groups]
+        return sum(t.user + t.system for t in (p.cpu_times() for p in every))
 
     def stop(self) -> None:
+        self._pipe.send(None)
+        self._process.join(30)
         self._process.kill()
         self._process.join()
 
@@ -125,32 +187,30 @@ def per_layer(first: dict[str, float], last: dict[str, float]) -> dict[str, floa
     return {f"{p.removesuffix('_s')}_ms": 1e3 * (last[p] - first[p]) / batches for p in parts}
 
 
-def compare(ours: Side, stock: list[Side], vocab: int, streams: int, turns: int) -> dict[str, Any]:
+def compare(sides: list[Side], vocab: int, streams: int, turns: int) -> dict[str, Any]:
     """The sides in turns; the first turn of each is not counted."""
-    for side in (ours, *stock):
+    for side in sides:
         side.run(ragged_prompts(streams, vocab, seed=streams))
-    start = ours.run(ragged_prompts(streams, vocab, seed=streams))["client"]
+    start = sides[0].run(ragged_prompts(streams, vocab, seed=streams))["client"]
     rows = []
     for turn in range(turns):
         prompts = ragged_prompts(streams, vocab, seed=1000 * streams + turn)
-        rows.append((ours.run(prompts), [side.run(prompts) for side in stock]))
-    best = max(
-        range(len(stock)), key=lambda s: statistics.median(r[1][s]["tokens_per_s"] for r in rows)
-    )
+        rows.append({side.name: side.run(prompts) for side in sides})
 
-    def median(name: str, pick: Any) -> float:
-        return statistics.median(pick(row)[name] for row in rows)
+    def median(name: str, field: str) -> float:
+        return statistics.median(row[name][field] for row in rows)
 
-    return {
-        "streams": streams,
-        "raymoe_tokens_per_s": median("tokens_per_s", lambda r: r[0]),
-        "vllm_tokens_per_s": median("tokens_per_s", lambda r: r[1][best]),
-        "ratio": statistics.median(r[0]["tokens_per_s"] / r[1][best]["tokens_per_s"] for r in rows),
-        "vllm_threads": stock[best].threads,
-        "raymoe_cpu_ms": median("cpu_ms_per_token", lambda r: r[0]),
-        "vllm_cpu_ms": median("cpu_ms_per_token", lambda r: r[1][best]),
-        **per_layer(start, rows[-1][0]["client"]),
-    }
+    alone = [side.name for side in sides if side.name.startswith("vllm")]
+    best = max(alone, key=lambda name: median(name, "tokens_per_s"))
+    shown = [side.name for side in sides if side.name not in alone]
+    figures: dict[str, Any] = {"streams": streams}
+    figures |= {f"{name}_tokens_per_s": median(name, "tokens_per_s") for name in shown}
+    figures |= {"vllm_tokens_per_s": median(best, "tokens_per_s"), "vllm_is": best}
+    for name in shown:
+        ratios = [row[name]["tokens_per_s"] / row[best]["tokens_per_s"] for row in rows]
+        figures[f"{name}_ratio"] = statistics.median(ratios)
+    figures |= {f"{name}_cpu_ms": median(name, "cpu_ms_per_token") for name in (*shown, best)}
+    return {**figures, **per_layer(start, rows[-1][sides[0].name]["client"])}
 
 
 def main() -> None:
@@ -170,16 +230,18 @@ def main() -> None:
         sides: list[Side] = []
         try:
             settings = fleet.settings(Path(folder) / "secret")
-            ours = Side(model, 1, fleet, settings)
-            sides.append(ours)
+            sides.append(Side("raymoe", serve_llm, str(model), 1, settings, fleet=fleet))
+            for kind in ("router", "embedded"):
+                sides.append(Side(kind, serve_router, str(model), kind, settings, fleet=fleet))
             for threads in args.threads:
-                sides.append(Side(model, threads))
-            rows = [compare(ours, sides[1:], vocab, s, args.turns) for s in args.streams]
+                sides.append(Side(f"vllm-{threads}", serve_llm, str(model), threads, None))
+            rows = [compare(sides, vocab, s, args.turns) for s in args.streams]
         finally:
             for side in sides:
                 side.stop()
             fleet.close()
-    print(table(list(rows[0]), [list(row.values()) for row in rows]))
+    # turned: a column for each number of streams
+    print(table(["", *map(str, args.streams)], [[k, *(row[k] for row in rows)] for k in rows[0]]))
     finish("vllm", {**vars(args), "model": str(args.model)}, rows)
 
 

@@ -69,6 +69,9 @@ def _add_serve(commands: Any) -> None:
     serve.add_argument("--port", type=int, help="port to listen on (default 8000)")
     serve.add_argument("--groups", type=int, help="expert groups (default 2)")
     serve.add_argument("--routers", type=int, help="routers that share the groups (default 1)")
+    serve.add_argument(
+        "--engine", help="what runs the dense part: embedded (default) or vllm (docs/vllm.md)"
+    )
     serve.add_argument("--name", help="deployment name (default raymoe)")
     serve.add_argument("--model-name", help="name in /v1/models (default: the folder's name)")
     serve.add_argument("--address", help="Ray cluster to join (default: start Ray here)")
@@ -98,6 +101,7 @@ def _serve(args: argparse.Namespace) -> int:
         "gateway.port": args.port,
         "groups": args.groups,
         "routers.count": args.routers,
+        "engine": args.engine,
         "name": args.name,
         "gateway.model_name": args.model_name,
         "ray.address": args.address,
@@ -115,6 +119,10 @@ def _serve(args: argparse.Namespace) -> int:
     spec = read_spec(config.model, compute_dtype=config.experts_dtype)
     check_budgets(config, spec)
     GatewayTokenizer.load(spec.path)  # said here in a sentence, and not by a replica of Ray Serve
+    if config.engine == "vllm" and config.ray.address is None:
+        from raymoe.vllm_plugin.engine import check_installed
+
+        check_installed(spec)
     total = sum(b * e for b, e in zip(spec.expert_bytes, spec.experts_of_layer, strict=True))
     summary = (
         f"{config.served_model_name} ({spec.family}): {spec.layers} MoE layers x {spec.experts} "

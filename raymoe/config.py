@@ -324,10 +324,24 @@ class RayConfig(_Checked):
     )
 
 
+class VllmSettings(_Checked):
+    """vLLM as the engine of the routers (docs/vllm.md)."""
+
+    engine_args: dict[str, Any] = Field(
+        default_factory=dict,
+        description="further arguments of vLLM's engine by name, e.g. tensor_parallel_size, dtype",
+    )
+
+
 class DeploymentConfig(_Checked):
     """One deployment: one model, its groups, routers and gateway."""
 
     model: str = Field(description="checkpoint folder or Hugging Face id")
+    engine: Literal["embedded", "vllm"] = Field(
+        "embedded",
+        description="what runs the dense part in the routers: raymoe's own engine, or vLLM",
+    )
+    vllm: VllmSettings = VllmSettings()
     name: str = Field(
         "raymoe",
         pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$",
@@ -369,6 +383,22 @@ class DeploymentConfig(_Checked):
             raise ValueError("groups: at least one kind of group is needed")
         if len(set(kinds)) != len(kinds):
             raise ValueError(f"groups: the kinds must differ, got {kinds}")
+        return self
+
+    @model_validator(mode="after")
+    def _settings_of_the_engine(self) -> DeploymentConfig:
+        if self.engine == "embedded" and self.vllm.engine_args:
+            raise ValueError("vllm.engine_args: only with engine: vllm")
+        default = RoutersConfig.model_fields["block_tokens"].default
+        if self.engine == "vllm" and self.routers.block_tokens != default:
+            raise ValueError(
+                "routers.block_tokens: with engine: vllm say it in vllm.engine_args.block_size"
+            )
+        if self.engine == "vllm" and self.routers.device != "cpu":
+            raise ValueError(
+                "routers.device: vLLM runs where its build runs; leave it out with engine: vllm "
+                "(and ask for GPUs with routers.num_gpus)"
+            )
         return self
 
     @property

@@ -8,8 +8,17 @@
     layers.py     the layer that stands where vLLM's RoutedExperts stood
     loader.py     load_format="raymoe"
 
+and for a router of `raymoe serve --engine vllm`
+
+    engine.py     VllmEngine: AsyncLLM as the engine of a router
+    arguments.py  a deployment's settings as vLLM's arguments and environment
+    asking.py     a request as vLLM takes it;  telling.py  vLLM's outputs as a router's events
+    drawing.py    raymoe's sampler as a logits processor
+    board.py      what router and workers tell each other: void steps, the controller's address
+
 `register` is the entry point `vllm.general_plugins`: vLLM calls it in every process of its own.
-Without load_format="raymoe" nothing changes. Only layers, loader and ops import vLLM.
+Without load_format="raymoe" nothing changes. Only layers, loader, ops and drawing import vLLM, and
+engine where it makes one.
 """
 
 from __future__ import annotations

@@ -38,6 +38,9 @@ class PluginSettings(BaseModel):
         "partial",
         description="partial: groups weight and sum their pairs; rows: one row a pair comes back",
     )
+    board: str | None = Field(
+        None, description="set by a router of raymoe serve: the folder it shares with its workers"
+    )
     stall_limit_s: float = Field(
         240.0,
         gt=0,

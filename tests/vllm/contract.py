@@ -64,6 +64,28 @@ CALLED = {  # file, function or class.method -> its parameters, "..." for any mo
     ("distributed/parallel_state.py", "get_tensor_model_parallel_rank"): "",
     ("distributed/parallel_state.py", "get_tensor_model_parallel_world_size"): "",
     ("config/compilation.py", "CUDAGraphMode.has_full_cudagraphs"): "self",
+    # the engine of a router
+    ("v1/engine/async_llm.py", "AsyncLLM.from_vllm_config"): (
+        "cls vllm_config start_engine_loop usage_context stat_loggers enable_log_requests "
+        "aggregate_engine_logging disable_log_stats ..."
+    ),
+    ("engine/arg_utils.py", "EngineArgs.create_engine_config"): "self ...",
+    ("v1/engine/async_llm.py", "AsyncLLM.generate"): "self prompt sampling_params request_id ...",
+    ("v1/engine/async_llm.py", "AsyncLLM.reset_prefix_cache"): "self ...",
+    ("v1/engine/async_llm.py", "AsyncLLM.shutdown"): "self timeout",
+    ("v1/engine/async_llm.py", "AsyncLLM.errored"): "self",
+    ("v1/metrics/loggers.py", "StatLoggerBase.record"): "self scheduler_stats iteration_stats ...",
+    ("v1/sample/logits_processor/interface.py", "LogitsProcessor.__init__"): (
+        "self vllm_config device is_pin_memory"
+    ),
+    ("v1/sample/logits_processor/interface.py", "LogitsProcessor.apply"): "self logits",
+    ("v1/sample/logits_processor/interface.py", "LogitsProcessor.update_state"): (
+        "self batch_update"
+    ),
+    ("v1/sample/logits_processor/builtin.py", "process_dict_updates"): (
+        "req_entries batch_update new_state"
+    ),
+    ("transformers_utils/config.py", "get_config"): "model trust_remote_code ...",
 }
 
 NAMED = {  # file, class ("" for the module) -> names it must define
@@ -80,7 +102,21 @@ NAMED = {  # file, class ("" for the module) -> names it must define
     },
     ("config/compilation.py", "CompilationConfig"): {"cudagraph_mode", "splitting_ops"},
     ("config/load.py", "LoadConfig"): {"load_format", "model_loader_extra_config"},
-    ("envs.py", ""): {"VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"},
+    ("envs.py", ""): {"VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "VLLM_USE_V2_MODEL_RUNNER"},
+    ("engine/arg_utils.py", "EngineArgs"): {
+        "additional_config", "compilation_config", "disable_log_stats", "dtype",
+        "enable_prefix_caching", "enforce_eager", "kv_cache_memory_bytes", "load_format",
+        "logits_processors", "max_logprobs", "max_model_len", "max_num_batched_tokens",
+        "max_num_seqs", "model", "scheduling_policy", "skip_tokenizer_init",
+    },
+    ("sampling_params.py", "SamplingParams"): {
+        "temperature", "max_tokens", "ignore_eos", "stop_token_ids", "logprobs", "prompt_logprobs",
+        "detokenize", "extra_args", "output_kind",
+    },
+    ("sampling_params.py", "RequestOutputKind"): {"DELTA"},
+    ("v1/metrics/stats.py", "SchedulerStats"): {
+        "num_running_reqs", "kv_cache_usage", "prefix_cache_stats",
+    },
 }  # fmt: skip
 
 WRITTEN = {  # file -> what must stand in it, spaces apart
@@ -92,6 +128,14 @@ WRITTEN = {  # file -> what must stand in it, spaces apart
         '@PluggableLayer.register("routed_experts")',
         "self.layer_name = layer_name",
         "self.quant_method = self._get_quant_method(",
+    ),
+    "v1/sample/sampler.py": (  # before greedy; log probabilities of what was before
+        "for processor in sampling_metadata.logitsprocs.non_argmax_invariant:",
+    ),
+    "v1/metrics/stats.py": (
+        "self.num_generation_tokens =",
+        "self.num_prompt_tokens",
+        "self.num_preempted_reqs =",
     ),
     "plugins/__init__.py": ('"vllm.general_plugins"',),
 }
@@ -119,7 +163,7 @@ def _signatures(root: Path) -> Iterator[str]:
         kind, _, function = name.rpartition(".")
         found = [
             n for n in _body(_tree(root, file), kind)
-            if isinstance(n, ast.FunctionDef) and n.name == function
+            if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef) and n.name == function
         ]  # fmt: skip
         if not found:
             yield f"{file}: {name} is gone"

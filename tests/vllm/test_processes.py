@@ -57,6 +57,7 @@ def test_two_ranks_in_processes_of_their_own(tmp_path: Path) -> None:
         text=True,
         start_new_session=True,
     )
+    memory = set(os.listdir("/dev/shm"))
     try:
         said, _ = process.communicate(timeout=540)
         assert process.returncode == 0, said[-6000:]
@@ -71,3 +72,6 @@ def test_two_ranks_in_processes_of_their_own(tmp_path: Path) -> None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         fleet.close()
+        for name in set(os.listdir("/dev/shm")) - memory:  # of killed ranks; their end clears them
+            if name.startswith("vllm_dist_"):
+                Path("/dev/shm", name).unlink(missing_ok=True)

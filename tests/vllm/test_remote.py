@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from raymoe.checkpoint.spec import ModelSpec
 from raymoe.errors import ConfigError
+from raymoe.vllm_plugin.board import Board
 from raymoe.vllm_plugin.remote import NOTHING, RemoteExperts
 from raymoe.vllm_plugin.settings import PluginSettings
 from tests.vllm.groups import Fleet
@@ -71,3 +78,37 @@ def test_layers_go_by_the_number_of_their_block(fleet: Fleet, tmp_path: Path) ->
             remote.layer_of("experts")
     finally:
         remote.close()
+
+
+def run_worker(spec_json: str, settings: dict[str, Any]) -> None:
+    """The process of a worker: ends only with its router."""
+    RemoteExperts(ModelSpec.from_json(spec_json), PluginSettings(**settings))
+    time.sleep(300)
+
+
+def test_a_worker_ends_with_its_router(fleet: Fleet, tmp_path: Path) -> None:
+    router = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+    worker = None
+    try:
+        board = tmp_path / "board"
+        board.mkdir()
+        Board.create(board)
+        (board / "router").write_text(str(router.pid))
+        settings = fleet.settings(tmp_path / "secret", board=str(board), name="worker")
+        worker = multiprocessing.get_context("spawn").Process(
+            target=run_worker, args=(fleet.spec.to_json(), settings)
+        )
+        worker.start()
+        end = time.monotonic() + 120
+        while "worker" not in fleet.control.acknowledged():
+            assert time.monotonic() < end and worker.is_alive()
+            time.sleep(0.02)
+        router.kill()
+        worker.join(60)
+        assert worker.exitcode == -signal.SIGTERM
+    finally:
+        router.kill()
+        router.wait()
+        if worker is not None:
+            worker.kill()
+            worker.join()

@@ -1,0 +1,81 @@
+"""From a deployment's settings to the arguments of vLLM's engine and its environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from raymoe.config import DeploymentConfig
+from raymoe.errors import ConfigError
+
+OURS = frozenset(
+    {
+        "model", "load_format", "additional_config", "logits_processors", "skip_tokenizer_init",
+        "max_num_seqs", "max_num_batched_tokens", "enable_prefix_caching", "max_model_len",
+        "kv_cache_memory_bytes", "scheduling_policy", "disable_log_stats", "max_logprobs",
+    }
+)  # fmt: skip
+"""What raymoe says itself, from its own settings."""
+
+
+def environment(config: DeploymentConfig) -> dict[str, str]:
+    """Variables that vLLM reads; what the user has set wins."""
+    # A step may wait for experts for as long as the deployment says; vLLM ends it after 300 s.
+    patience_s = max(300, int(config.data_plane.stall_limit_s) + 60)
+    wanted = {
+        "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": str(patience_s),
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # groups compute on the same cores
+        "VLLM_USE_V2_MODEL_RUNNER": "0",  # its logits processors are of another kind
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    return {name: value for name, value in wanted.items() if name not in os.environ}
+
+
+def engine_arguments(
+    config: DeploymentConfig,
+    model: str,
+    plugin: Mapping[str, Any],
+    *,
+    drawing: str,
+    device: str,
+    context: int,
+) -> dict[str, Any]:
+    """Of vLLM's AsyncEngineArgs. `plugin`: additional_config["raymoe"]; `context`: the model's own.
+
+    `vllm.engine_args` of the settings win over the defaults by device, not over raymoe's own.
+    """
+    routers, more = config.routers, dict(config.vllm.engine_args)
+    if taken := sorted(OURS & more.keys()):
+        raise ConfigError(
+            f"vllm.engine_args: {taken[0]} is raymoe's to set; what you can say of it is in "
+            "routers (docs/config.md)"
+        )
+    by_device: dict[str, Any] = (
+        {"enforce_eager": True}
+        if device == "cpu"
+        else {"compilation_config": {"cudagraph_mode": "PIECEWISE"}}
+    )
+    ranks = more.get("tensor_parallel_size", 1)
+    return {
+        # said, as vLLM inside a Ray actor would choose Ray, and a process more on CPUs
+        "distributed_executor_backend": "uni" if ranks == 1 else "mp",
+        "dtype": routers.dtype,
+        **by_device,
+        **more,
+        "model": model,
+        "load_format": "raymoe",
+        "additional_config": {"raymoe": dict(plugin)},
+        "logits_processors": [drawing],
+        "skip_tokenizer_init": True,
+        "max_num_seqs": routers.max_batch,
+        "max_num_batched_tokens": max(routers.chunk_tokens, routers.max_batch),
+        "enable_prefix_caching": routers.prefix_cache,
+        "max_model_len": min(routers.max_context_tokens or context, context),
+        "kv_cache_memory_bytes": routers.kv_bytes,
+        "scheduling_policy": "priority",
+        "disable_log_stats": True,
+        "max_logprobs": -1,
+    }
