@@ -98,6 +98,10 @@ def main(wanted: str) -> None:
         run("ip", "address", "add", f"{NETWORK}.1/24", "dev", BRIDGE)
         run("ip", "link", "set", BRIDGE, "up")
         {"upgrade": upgrade, "head": head}[wanted](pods)
+    except BaseException:
+        for pod in pods:
+            print(pod.told())
+        raise
     finally:
         for pod in pods:
             pod.remove()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,9 +70,9 @@ class Pod:
         variables |= {"HOME": "/tmp", "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
         script = self._folder / "start.sh"
         script.write_text(self._script(spec, start_command(group, head, redis), variables))
-        self.log = self._folder / "log"
+        self._log = self._folder / "log"
         alone = ["unshare", "--mount", "--pid", "--fork", "--propagation", "private"]
-        with self.log.open("w") as log:
+        with self._log.open("w") as log:
             self._process = subprocess.Popen(
                 ["nsenter", f"--net=/run/netns/{self._network}", *alone, "bash", str(script)],
                 stdin=subprocess.DEVNULL,
@@ -154,6 +155,11 @@ exec chroot {root} {_LOCKED} env -i {listed} bash -c 'cd /tmp; exec /bin/bash -c
         self.terminating = True
         os.kill(self.first_process(), signal.SIGTERM)
 
+    def told(self) -> str:
+        """The end of what it wrote."""
+        text = self._log.read_text() if self._log.exists() else "(removed)"
+        return f"---- {self.name}, exit status {self.status}\n{text[-2000:]}"
+
     @property
     def status(self) -> int | None:
         """Its exit status; None while it runs."""
@@ -169,3 +175,4 @@ exec chroot {root} {_LOCKED} env -i {listed} bash -c 'cd /tmp; exec /bin/bash -c
                 self._process.kill()
             self._process.wait(20)
         run("ip", "netns", "delete", self._network, check=False)
+        shutil.rmtree(self._folder, ignore_errors=True)  # its disk was mounted for it alone
