@@ -102,6 +102,11 @@ def test_every_plan_satisfies_every_constraint(problem):
     later = forecast_windows(np.concatenate([counts, counts[:, :, ::-1]]))
     delta = delta_plan(later, spec, full.placement)
     check(delta.placement, spec)
+    few = PlanConfig(budget_bytes=int(rng.integers(0, 60)))
+    for plan in (full_plan(forecast, spec, few), delta_plan(later, spec, delta.placement, few)):
+        check(plan.placement, spec)
+        spare = (plan.placement.copies() - 1).sum(1)
+        assert int((spare * spec.expert_bytes).sum()) <= few.budget_bytes
     staying = np.ones(len(spec.groups), bool)
     staying[int(rng.integers(len(staying)))] = False
     drained = planned(lambda: delta_plan(later, spec, delta.placement, staying=staying))
