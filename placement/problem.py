@@ -98,6 +98,8 @@ class Problem:
         limit: float,
         rounds: int,
         dwelling: Held | None = None,
+        *,
+        polish: bool = True,
     ) -> Searcher:
         held = bytes_by_group(resident, self.size)
         room = np.where(self.staying, self.fleet.budget_bytes - held, 0)
@@ -121,7 +123,7 @@ class Problem:
         )
         searcher = Searcher(layout, pool)
         searcher.run(rounds)
-        if rounds and self.config.polish and self._cells < _SMALL:
+        if polish and rounds and self.config.polish and self._cells < _SMALL:
             self._polish(searcher, layout)
         return searcher
 

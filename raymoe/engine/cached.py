@@ -46,7 +46,7 @@ class CachedModel:
         _, cache = self._run(None, 0, list(ids), 1)
         return sum(each.nbytes for each in _tensors(cache))
 
-    def order(self, plan: StepPlan) -> Chunks:
+    def order(self, plan: StepPlan, *, alone: bool = False) -> Chunks:
         """The rows of a step."""
         return [(one, 1) for one in plan.decode] + plan.prefill
 

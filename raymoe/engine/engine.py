@@ -137,7 +137,7 @@ class Engine:
         plan = self._scheduler.plan()
         if self._scheduler.admitted:
             self._note_begins()
-        chunks = self._model.order(plan)
+        chunks = self._model.order(plan, alone=self._blame.suspicious)
         if not chunks:
             if self._away and not events:
                 sleep(self.config.stall_pause_s)

@@ -57,9 +57,14 @@ class PagedModel:
         self._undo: Callable[[], None] = lambda: None
         self._cache = KVCache(shapes, self.pool.blocks, config.block_tokens, self._device)
 
-    def order(self, plan: StepPlan) -> Chunks:
-        """The rows of a step: lanes first, shelf by shelf, then the longest, then prefill."""
-        if self._native is not None:
+    def order(self, plan: StepPlan, *, alone: bool = False) -> Chunks:
+        """The rows of a step: lanes first, shelf by shelf, then the longest, then prefill.
+
+        `alone`: each chunk is run by itself. Then there are no lanes: they are for all members.
+        """
+        if self._native is not None or alone:
+            self._lanes.clear()
+            self._shelves = []
             return [(one, 1) for one in plan.decode] + plan.prefill
         decode = sorted(plan.decode, key=lambda one: -len(one.tokens))
         self._shelves = self._lanes.place(decode)

@@ -28,8 +28,8 @@ class Runnable(Protocol):
     token_bytes: int
     chunked_prefill: bool
 
-    def order(self, plan: StepPlan) -> Chunks:
-        """The plan's chunks in the order this model wants them."""
+    def order(self, plan: StepPlan, *, alone: bool = False) -> Chunks:
+        """The plan's chunks in the order this model wants them; `alone`: each is run by itself."""
         ...
 
     def forward(self, chunks: Chunks, rows: list[int]) -> Tensor:

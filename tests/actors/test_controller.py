@@ -75,7 +75,7 @@ def running(
     cluster.calls = Answering(cluster)
     told: dict[str, float] = {}
     monkeypatch.setenv("RAYMOE_SECRET", "s" * 32)
-    monkeypatch.setattr(module, "Memory", lambda name: Forgetful())
+    monkeypatch.setattr(module, "Memory", lambda name: Forgetful(cluster))
     monkeypatch.setattr(module, "RayCluster", lambda: cluster)
     metrics = RayMetrics("d", lambda kind, name, text, keys: Gauge(name, told))
     monkeypatch.setattr(module, "RayMetrics", lambda name: metrics)

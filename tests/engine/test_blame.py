@@ -48,9 +48,13 @@ def requests(**bad: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("breaks", [forward_breaks, sampling_breaks])
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_next"])
-def test_the_others_go_on(breaks: Break, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = stock_engine(family)
+@pytest.mark.parametrize(
+    ("family", "compiled"), [("qwen3_moe", True), ("qwen3_moe", False), ("qwen3_next", True)]
+)
+def test_the_others_go_on(
+    breaks: Break, family: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = stock_engine(family, compiled=compiled)  # without C decoding rows have lanes
     good = run(engine, requests())
     breaks(engine, monkeypatch)
     found = run(engine, requests(seed=BAD))

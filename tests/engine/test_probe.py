@@ -81,7 +81,9 @@ def test_cached_requests_join_leave_and_are_preempted() -> None:
     assert {name: one.tokens for name, one in found.items()} == expected
 
 
-def test_a_broken_step_of_a_cached_model_begins_its_requests_again() -> None:
+def test_a_broken_step_of_a_cached_model_begins_its_requests_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     model: Any = stock_model("qwen3_next")
     engine = Engine(model, None, EngineConfig(**SMALL))
     requests = [request(str(n), prompt(5 + 6 * n, n), max_tokens=5) for n in range(2)]
@@ -94,19 +96,13 @@ def test_a_broken_step_of_a_cached_model_begins_its_requests_again() -> None:
     def fail(*_: Any) -> None:
         nonlocal calls
         calls += 1
-        if calls in (2, 6, 7):
+        if calls in (2, 6):  # each time the second of both, after the first has gone through
             raise RuntimeError("in the middle of a forward")
 
     hook = layer.register_forward_pre_hook(fail)
-    failures = 0
     while engine.has_work:
-        try:
-            events = engine.step()
-        except RuntimeError:
-            failures += 1
-            continue
-        for event in events:
+        for event in engine.step():
             outcomes[event.request_id].take(event)
     hook.remove()
-    assert failures == 3
+    assert caplog.text.count("a step failed") == 2
     assert outcomes == expected

@@ -62,15 +62,13 @@ def test_every_request_gets_its_own_tokens_or_its_own_end(
             name = draw.choice(requests).request_id
             engine.cancel(name)
             cancelled.add(name)
-        if draw.random() < 0.1:
+        if failures or engine._blame.suspicious:
+            pass  # what fails alone as well ends with an error, rightly: test_blame.py
+        elif draw.random() < 0.1:
             failures.append(RuntimeError("broken"))
-        elif draw.random() < 0.015:
+        elif draw.random() < (0.06 if stall_end_s else 0.01):
             failures.append(ExpertsUnavailable(1, (0,), 1.0))
-        try:
-            events = engine.step()
-        except RuntimeError:
-            continue
-        for event in events:
+        for event in engine.step():
             outcomes[event.request_id].take(event)
             unavailable += event.finish == "error"
         if not waiting and not engine.has_work:
