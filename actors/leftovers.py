@@ -10,6 +10,8 @@ from pathlib import Path
 
 import psutil
 
+from raymoe.vllm_plugin.traces import remove_traces
+
 PREFIX = "raymoe-"
 _OWNER = "pid"
 
@@ -33,9 +35,16 @@ def remove_leftovers(temp_dir: str | None) -> list[Path]:
             if folder.is_symlink() or folder.lstat().st_uid != os.getuid() or not _orphaned(folder):
                 continue
             _end_processes_of(folder)
+            remove_memory(folder)
             shutil.rmtree(folder, ignore_errors=True)
             removed.append(folder)
     return removed
+
+
+def remove_memory(folder: Path) -> None:
+    """Removes what the routers of an ended deployment have left in shared memory."""
+    for router in folder.glob("r/session_*/vllm-*"):
+        remove_traces(router)
 
 
 def _orphaned(folder: Path) -> bool:

@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 import ray
 
-from actors.leftovers import PREFIX, mark_owner, unmark_owner
+from actors.leftovers import PREFIX, mark_owner, remove_memory, unmark_owner
 from raymoe.config import RayConfig
 from raymoe.errors import ConfigError
 
@@ -86,6 +86,7 @@ class LocalRay:
         return self._leave_folder(keep_logs)
 
     def _leave_folder(self, keep_logs: bool) -> Path | None:
+        remove_memory(self.folder)
         if not (keep_logs and self._started):
             shutil.rmtree(self.folder, ignore_errors=True)
             return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from raymoe.config import DeploymentConfig
@@ -19,8 +20,12 @@ OURS = frozenset(
 """What raymoe says itself, from its own settings."""
 
 
-def environment(config: DeploymentConfig) -> dict[str, str]:
-    """Variables that vLLM reads; what the user has set wins."""
+_SOCKET_PATH_LIMIT = 107  # bytes of a unix socket's path on Linux
+_SOCKET_NAME = 37  # "/" and a UUID: how vLLM calls its sockets
+
+
+def environment(config: DeploymentConfig, folder: Path | None = None) -> dict[str, str]:
+    """Variables that vLLM reads; what the user has set wins. `folder`: for vLLM's sockets."""
     # A step may wait for experts for as long as the deployment says; vLLM ends it after 300 s.
     patience_s = max(300, int(config.data_plane.stall_limit_s) + 60)
     wanted = {
@@ -31,6 +36,8 @@ def environment(config: DeploymentConfig) -> dict[str, str]:
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
     }
+    if folder is not None and len(os.fsencode(folder)) + _SOCKET_NAME <= _SOCKET_PATH_LIMIT:
+        wanted["VLLM_RPC_BASE_PATH"] = str(folder)
     return {name: value for name, value in wanted.items() if name not in os.environ}
 
 

@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,11 +33,18 @@ from raymoe.vllm_plugin.asking import ended_already, vllm_params
 from raymoe.vllm_plugin.board import Board
 from raymoe.vllm_plugin.supported import check_config, check_family, check_version
 from raymoe.vllm_plugin.telling import event_of
+from raymoe.vllm_plugin.traces import (
+    mark_owner,
+    note_rings,
+    remove_traces,
+    remove_traces_of_dead,
+)
 
 log = logging.getLogger(__name__)
 _TICK_S = 0.05
 _FOLLOW_S = 1.0
 _SHUTDOWN_S = 3.0
+_NOTE_S = 0.5
 Publish = Callable[[Sequence[TokenEvent]], None]
 
 
@@ -81,8 +88,12 @@ class VllmEngine:
         """`folder`: an empty one, for what router and workers tell each other; `controller()` says
         where the controller's control end is now, or raises while it is away."""
         check_installed(spec)
-        os.environ.update(environment(config))
+        # what a killed router before this one has left in shared memory
+        remove_traces_of_dead(folder.parent.glob("vllm-*"))
+        mark_owner(folder)
+        os.environ.update(environment(config, folder.parent))
         self._spec = spec
+        self._folder = folder
         self._board = Board.create(folder)
         self._board.set_controller(*controller())
         self._controller = controller
@@ -118,6 +129,10 @@ class VllmEngine:
             target=self._run, args=(config, plugin, made), name="raymoe-vllm", daemon=True
         )
         self._thread.start()
+        while not made.done():  # a router may be killed in its start too
+            note_rings(folder)
+            wait([made], _NOTE_S)
+        note_rings(folder)
         self._llm = made.result()
         settings = self._llm.vllm_config
         model, cache = settings.model_config, settings.cache_config
@@ -204,6 +219,7 @@ class VllmEngine:
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(20)
+        remove_traces(self._folder)
 
     def _follow_controller(self) -> None:
         """A new controller listens elsewhere; the workers read the file when they connect."""
@@ -221,6 +237,7 @@ class VllmEngine:
             llm = self._loop.run_until_complete(self._make(config, plugin))
         except BaseException as error:
             made.set_exception(error)
+            remove_traces(self._folder)
             return
         made.set_result(llm)
         try:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import time
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d as c10d
 from vllm import __version_tuple__, envs
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
@@ -26,6 +29,7 @@ from raymoe.vllm_plugin.layers import RemoteRoutedExperts, built_over
 from raymoe.vllm_plugin.remote import RemoteExperts
 from raymoe.vllm_plugin.settings import read_settings
 from raymoe.vllm_plugin.supported import check_config, check_family, check_version
+from raymoe.vllm_plugin.traces import note
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +52,8 @@ class RemoteExpertsLoader(DefaultModelLoader):  # type: ignore[misc]
     def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> nn.Module:
         """vLLM's entry: checks, connects, builds without experts, reads the dense weights."""
         settings = read_settings(vllm_config.additional_config)
+        if settings.board is not None:
+            note(Path(settings.board), _meeting_file())
         check_version(__version_tuple__[:2], current_platform.device_type)
         check_config(vllm_config, settings.stall_limit_s, envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS)
         self._spec = spec = read_spec(model_config.model)
@@ -83,6 +89,18 @@ class RemoteExpertsLoader(DefaultModelLoader):  # type: ignore[misc]
         """What is read: every stored tensor that is no expert's."""
         self.counter_before_loading_weights = time.perf_counter()  # for vLLM's own log line
         return dense_weights(self._spec or read_spec(model_config.model))
+
+
+def _meeting_file() -> list[str]:
+    """The file through which vLLM's ranks have found each other, if it was one."""
+    # Of torch's private names: without them the file stays behind, some hundred bytes.
+    with contextlib.suppress(AttributeError, ValueError):
+        store: Any = c10d._get_default_store()
+        while isinstance(store, c10d.PrefixStore):
+            store = store.underlying_store
+        if type(store).__name__ == "FileStore":
+            return [str(store.path)]
+    return []
 
 
 def check_model(model: nn.Module, spec: ModelSpec) -> None:

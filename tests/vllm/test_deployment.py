@@ -137,13 +137,41 @@ def _running(deployment: Deployment) -> float:
     return sum(float(line.split()[-1]) for line in found)
 
 
-def test_status_and_a_clean_end(before: set[str], deployment: Deployment) -> None:
-    """The last test: it stops the deployment, which must leave nothing."""
+def test_status(deployment: Deployment) -> None:
     done = run_raymoe("status", "--port", str(deployment.port), "--json")
     (router,) = json.loads(done.stdout)["routers"]
     assert router["state"] == "ready"
     assert router["profile"]["steps"] > 0 and router["profile"]["kv_blocks"] > 0
     assert router["profile"]["batches"] > 0
+
+
+def test_what_a_killed_router_had_is_removed_by_the_next(
+    before: set[str], deployment: Deployment
+) -> None:
+    """Otherwise it would be some 400 MB of shared memory each time."""
+    old = _traces() - before
+    assert old, "vLLM's processes have made nothing: is there anything to remove?"
+    (killed,) = deployment.get("/status")["routers"]
+    os.kill(killed["pid"], signal.SIGKILL)
+    end = time.monotonic() + 240
+    while not _ready_routers(deployment) - {killed["pid"]}:
+        assert time.monotonic() < end, "no other router came"
+        time.sleep(0.5)
+    assert not old & _traces()
+    assert Client(deployment).ask(PROMPTS[0], 4)
+
+
+def _ready_routers(deployment: Deployment) -> set[int]:
+    """Their process ids."""
+    try:
+        routers = deployment.get("/status")["routers"]
+    except OSError:
+        return set()
+    return {router["pid"] for router in routers if router["state"] == "ready"}
+
+
+def test_a_clean_end(before: set[str], deployment: Deployment) -> None:
+    """The last test: it stops the deployment, which must leave nothing."""
     deployment.stop()
     assert _traces() <= before
 
