@@ -107,6 +107,51 @@ def test_nodes_come_are_replaced_and_go_with_the_groups(tmp_path: Path) -> None:
     print("seconds:", elastic.seconds)
 
 
+def test_a_load_that_rises_brings_a_node_and_one_that_falls_gives_it_back(tmp_path: Path) -> None:
+    """Scaling by load; groups of the demo model are sure to reach and leave such thresholds."""
+    docs = build("mixed")
+    with Cloud(cluster_of(docs), SECRET) as cloud:
+        cloud.await_pools(AT_LEAST, 90)
+        wanted = settings(docs, cloud.address, ("h100", "l4"))
+        for kind in wanted["groups"]:
+            kind.update(slowdown=6, min_count=1, max_count=2 if kind["kind"] == "l4" else 1)
+        wanted["placement"]["autoscale"] = {
+            "enabled": True,
+            "target": 0.05,
+            "high": 0.06,
+            "low": 0.03,
+            "up_after_s": 2,
+            "down_after_s": 8,
+            "cool_down_s": 4,
+        }
+        file = tmp_path / "settings.yaml"
+        file.write_text(yaml.safe_dump(wanted))
+        running = Deployment("--config", str(file), env=cloud.env)
+        try:
+            running.wait_ready()
+            elastic = Elastic(cloud, running)
+            with Streams(Client(running), PROMPTS, 40, threads=8):
+                elastic.timed(
+                    "rise: from the load to a second group on a node of its own",
+                    lambda: (
+                        len(elastic.groups("l4")) == 2
+                        and cloud.pools() == ["h100", "l4", "l4", "serving"]
+                    ),
+                )
+            elastic.timed(
+                "fall: from the load's end to the node given back",
+                lambda: (
+                    len(elastic.groups("l4")) == 1 and cloud.pools() == ["h100", "l4", "serving"]
+                ),
+            )
+            running.stop()
+        finally:
+            if running.process.poll() is None:
+                running.process.kill()
+        cloud.await_pools(AT_LEAST, 90)
+    print("seconds:", elastic.seconds)
+
+
 def _changes(cloud: Cloud, elastic: Elastic) -> None:
     """Out, a node drained, a node killed, in: each under streams that go on."""
     elastic.scale("l4", 2)
