@@ -65,6 +65,7 @@ def shown(browser: Any) -> Iterator[Shown]:
 def test_a_replica_that_moves_is_seen_moving(shown: Shown) -> None:
     shown.expect("document.getElementById('connection').textContent === 'live'")
     shown.page.select_option("#layer", "3")
+    shown.expect("document.getElementById('heat').dataset.layer === '3'")
     cell = "[aria-label^='expert 7 on g2:']"
     absent = "[aria-label='expert 7: no replica on g2']"
     shown.page.wait_for_selector(absent)

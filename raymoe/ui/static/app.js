@@ -225,6 +225,7 @@ function drawHeat(layer) {
     }
   });
   page.shown = { shape, share: layer.share };
+  grid.dataset.layer = layer.index;
 }
 
 function buildHeat(grid, layer, shape) {
