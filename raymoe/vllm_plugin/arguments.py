@@ -67,7 +67,7 @@ def engine_arguments(
     )
     ranks = more.get("tensor_parallel_size", 1)
     return {
-        # said, as vLLM inside a Ray actor would choose Ray, and a process more on CPUs
+        # said, as vLLM inside a Ray actor would choose Ray; on CPUs vLLM makes "mp" of "uni"
         "distributed_executor_backend": "uni" if ranks == 1 else "mp",
         "dtype": routers.dtype,
         **by_device,
