@@ -21,6 +21,7 @@ class Layout:
     price     float64 [G], what loading one byte onto the group costs, in seconds of work a second
     margin    least gain of an action over its price, as a part of the layer's time
     byte_limit  most bytes loaded in all
+    pool      most bytes by which it may grow
     node      int [G], given when losses are to be survived: copies belong on several nodes
     held      copies that may not go, or not come back, yet
     """
@@ -35,5 +36,6 @@ class Layout:
     price: Floats
     margin: float
     byte_limit: float = float("inf")
+    pool: float = float("inf")
     node: Ints | None = None
     held: Held | None = None

@@ -2,54 +2,32 @@
 
 The guided search (placement/search.py) takes what relieves the most pressed group most, and stops
 where no such action pays. Much is left then when copies are few: a layer that can hardly split
-must be packed for all loads that may come. So: in each round some candidates for every layer, all
-poured over all scenarios at once, and the best of each layer taken when it pays. With the
-forecast's scenarios this holds on the windows that follow (docs/planning.md).
+must be packed for all loads that may come. So: in each round some candidates for every layer,
+looked at quickly (placement/flows.py); the most promising are poured over all scenarios, and the
+best of each layer is taken when it pays. Now and then layers trade: one gives up a copy so that
+another may have one. With the forecast's scenarios this holds on the windows that follow
+(docs/planning.md).
 
-Only for fleets of a size where thousands of candidates can be poured in the time of a plan.
+Only for fleets of a size where thousands of candidates can be looked at in the time of a plan.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
+from placement.flows import Flows
 from placement.layout import Layout
-from placement.pour import host_lists, pour
+from placement.pour import Poured
 from placement.score import layer_score
-from placement.types import Bools, Floats, Ints
+from placement.search import Change
+from placement.tries import ANOTHER, DROP, MOVE, SWAP, Drawer, Tries
+from placement.types import Floats
 
-_EACH = 16  # candidates of a layer and round
+_EACH = 32  # candidates of a layer and round
+_POURED = 3  # of them poured in full, the most promising
 _RESTS = 15  # a layer rests after so many rounds in which nothing paid
-_PRESSED = 0.6  # part of them that relieve the slowest group of some scenario
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """One accepted change: expert from source to target; `other` comes back, or gave way."""
-
-    kind: str
-    layer: int
-    expert: int
-    source: int
-    target: int
-    other: int
-    gain: float
-    price: float
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Tries:
-    """Candidates [N, K]: the first expert's copy on `source`, and what becomes of it."""
-
-    kind: Ints  # 0 swap, 1 move, 2 another expert's copy instead
-    expert: Ints
-    source: Ints
-    target: Ints
-    other: Ints
-    price: Floats
-    valid: Bools
+_TRADES = 4  # rounds between two trades of copies
+_KIND = {SWAP: "swap", MOVE: "move", ANOTHER: "replace"}
 
 
 class Polisher:
@@ -59,200 +37,190 @@ class Polisher:
     """
 
     def __init__(self, layout: Layout, seed: int = 0) -> None:
-        load, resident = layout.load, layout.resident
-        rate, base = layout.rate, layout.base
-        self.load, self.resident, self.allowed = load, resident, layout.allowed
-        self.room, self.size, self.rate, self.base = layout.room, layout.size, rate, base
-        self.price, self.margin, self.byte_limit = layout.price, layout.margin, layout.byte_limit
-        self.node, self.held = layout.node, layout.held
-        self.layers, self.cases, self.experts = load.shape
-        self.groups = len(rate)
-        self.loaded = 0
-        self.steps: list[Step] = []
-        self._fails = np.zeros(self.layers, np.int64)
-        self._rng = np.random.default_rng(seed)
-        self._hosts, self._copies = host_lists(resident, spare=1)
-        poured = pour(load, self._hosts, self._copies, rate, base)
-        self._level = poured.level
-        self.score = layer_score(self._level, rate)
+        self.layout = layout
+        self.resident, self.room = layout.resident, layout.room
+        self.pool, self.loaded = layout.pool, 0
+        self.changes: list[Change] = []
+        self._fails = np.zeros(len(layout.load), np.int64)
+        self._flows = Flows(layout)
+        self._drawer = Drawer(layout, self._flows, seed)
+        self.score = self._flows.score
 
-    def run(self, rounds: int) -> None:
-        """So many rounds of candidates for every layer."""
-        if self.groups < 2:
+    def run(self, rounds: int, rests: int = _RESTS, trades: bool = True) -> None:
+        """So many rounds of candidates for every layer.
+
+        rests   a layer rests after so many rounds in which nothing paid
+        trades  False: every layer keeps its number of copies
+        """
+        if len(self.layout.rate) < 2:
             return
-        for _ in range(rounds):
-            live = np.flatnonzero(self._fails < _RESTS)
+        for turn in range(rounds):
+            live = np.flatnonzero(self._fails < rests)
             if not len(live):
                 return
-            tries = self._draw(live)
-            hosts, copies = self._changed(tries, live)
-            n, k = tries.kind.shape
-            load = np.broadcast_to(self.load[live, None], (n, k, *self.load.shape[1:]))
-            poured = pour(
-                load.reshape(n * k, self.cases, self.experts),
-                hosts.reshape(n * k, self.experts, -1),
-                copies.reshape(n * k, self.experts),
-                self.rate,
-                self.base,
-            )
-            level = poured.level.reshape(n, k, self.cases, self.groups)
-            score = layer_score(poured.level, self.rate).reshape(n, k)
-            self._take(live, tries, score, level, hosts, copies)
+            if trades and turn % _TRADES == _TRADES - 1:
+                self._trade()
+            self._fails[live] += 1
+            self._change(self._drawer.draw(live, _EACH))
 
-    # -- candidates --------------------------------------------------------------------------
+    # -- within a layer ----------------------------------------------------------------------
 
-    def _draw(self, live: Ints) -> _Tries:
-        """Candidates of the layers `live` [N], arrays [N, K]."""
-        rng, groups = self._rng, self.groups
-        shape = (len(live), _EACH)
-        row = live[:, None]
-        case = rng.integers(self.cases, size=shape)
-        level = self._level[row, case]  # [L, K, G]
-        pressed = rng.random(shape) < _PRESSED
-        source = np.where(pressed, level.argmax(2), rng.integers(groups, size=shape))
-        # the better of two groups drawn
-        one, two = rng.integers(groups, size=(2, *shape))
-        at = np.take_along_axis
-        lower = at(level, one[..., None], 2) <= at(level, two[..., None], 2)
-        target = np.where(lower[..., 0], one, two)
-        layer, group, expert = np.nonzero(self.resident.transpose(0, 2, 1))
-        start = np.searchsorted(layer * groups + group, np.arange(self.layers * groups + 1))
-        first = self._one_of(start, expert, row * groups + source)
-        second = self._one_of(start, expert, row * groups + target)
-        kind = rng.choice(3, size=shape, p=(0.5, 0.2, 0.3))
-        other = np.where(kind == 2, rng.integers(self.experts, size=shape), second)
-        return self._checked(row, kind, first, source, target, other)
+    def _change(self, tries: Tries) -> None:
+        """Of each layer the best candidate, if it pays."""
+        tries, poured, gain = self._best(tries, _POURED)
+        worth = gain - tries.price
+        done: set[int] = set()
+        taken = []
+        for i in np.argsort(-worth, kind="stable").tolist():
+            layer = int(tries.layer[i])
+            if layer in done or worth[i] <= self.layout.margin * self.score[layer]:
+                continue
+            done.add(layer)
+            if self._apply(tries, i, float(gain[i])):
+                taken.append(i)
+        self._put(tries, poured, gain, taken)
 
-    def _one_of(self, start: Ints, expert: Ints, bucket: Ints) -> Ints:
-        """A random expert of each bucket (layer and group); -1 where it is empty."""
-        count = start[bucket + 1] - start[bucket]
-        pick = start[bucket] + (self._rng.random(bucket.shape) * count).astype(np.int64)
-        return np.where(count > 0, expert[np.minimum(pick, len(expert) - 1)], -1)
+    def _best(self, tries: Tries, most: int) -> tuple[Tries, Poured, Floats]:
+        """The most promising candidates of each layer, poured; and what they gain."""
+        experts, hosts = tries.hosts(self._flows, len(self.layout.rate))
+        hope = self._flows.gain(tries.layer, experts, hosts) - tries.price
+        order = np.lexsort((-hope, tries.layer))
+        layer = tries.layer[order]
+        rank = np.arange(len(layer)) - np.searchsorted(layer, layer)
+        worthy = (hope[order] > 0) | (tries.kind[order] == DROP)  # no drop gains anything
+        chosen = order[(rank < most) & worthy]
+        tries = tries.some(chosen)
+        hosts, copies = self._flows.changed(tries.layer, experts[chosen], hosts[chosen])
+        poured = self._flows.pour(tries.layer, hosts, copies)
+        score = layer_score(poured.level, self.layout.rate)
+        self._tried = hosts, copies
+        return tries, poured, self.score[tries.layer] - score
 
-    def _checked(
-        self, row: Ints, kind: Ints, expert: Ints, source: Ints, target: Ints, other: Ints
-    ) -> _Tries:
-        e, f = np.maximum(expert, 0), np.maximum(other, 0)
-        res, size = self.resident, self.size[row]
-        swap, move, another = kind == 0, kind == 1, kind == 2
-        valid = (expert >= 0) & self.allowed[target]
-        on_target = np.where(another, res[row, f, target], res[row, e, target])
-        valid &= ~on_target & (f != e)
-        valid &= ~swap | ((other >= 0) & ~res[row, f, source] & self.allowed[source])
-        valid &= ~another | ((self._copies[row, e] > 1) & (self._copies[row, f] > 0))
-        freed = np.where(another & (source == target), size, 0)
-        valid &= swap | (self.room[target] + freed >= size)
-        valid &= another | (source != target)
-        price = size * np.where(swap, self.price[target] + self.price[source], self.price[target])
-        if self.node is not None:
-            lost = np.where(another, -1, source)  # another expert's copy leaves nothing behind
-            valid &= ~self._huddled(row, np.where(another, f, e), target, lost)
-            valid &= ~swap | ~self._huddled(row, f, source, target)
-        if self.held is not None:
-            pinned, barred = self.held.pinned, self.held.barred
-            came = np.where(another, f, e)
-            valid &= ~pinned[row, e, source] & ~barred[row, came, target]
-            valid &= ~swap | (~pinned[row, f, target] & ~barred[row, f, source])
-        return _Tries(
-            kind=kind,
-            expert=e,
-            source=source,
-            target=target,
-            other=np.where(move, -1, f),
-            price=price.astype(np.float64),
-            valid=valid,
-        )
-
-    def _huddled(self, row: Ints, expert: Ints, came: Ints, left: Ints) -> Bools:
-        """Whether several copies would all be on one node, with one on `came`, none on `left`."""
-        assert self.node is not None
-        after = self.resident[row, expert]  # [N, K, G], a copy
-        np.put_along_axis(after, came[:, :, None], True, 2)
-        n, k = np.nonzero(left >= 0)
-        after[n, k, left[n, k]] = False
-        there: Ints = np.take(self.node, came)  # [N, K]
-        elsewhere = self.node != there[:, :, None]
-        found: Bools = (after.sum(2) > 1) & ~(after & elsewhere).any(2)
-        return found
-
-    def _changed(self, tries: _Tries, live: Ints) -> tuple[Ints, Ints]:
-        """Host lists of every candidate: hosts [N, K, E, C], copies [N, K, E]."""
-        hosts = np.repeat(self._hosts[live, None], _EACH, 1)
-        copies = np.repeat(self._copies[live, None], _EACH, 1)
-        for kind in (0, 1, 2):
-            n, k = np.nonzero(tries.valid & (tries.kind == kind))
-            e, f = tries.expert[n, k], tries.other[n, k]
-            g, h = tries.source[n, k], tries.target[n, k]
-            slot = (hosts[n, k, e] == g[:, None]).argmax(1)
-            if kind < 2:
-                hosts[n, k, e, slot] = h
-            if kind == 0:
-                back = (hosts[n, k, f] == h[:, None]).argmax(1)
-                hosts[n, k, f, back] = g
-            if kind == 2:
-                last = copies[n, k, e] - 1
-                hosts[n, k, e, slot] = hosts[n, k, e, last]
-                hosts[n, k, e, last] = self.groups
-                hosts[n, k, f, copies[n, k, f]] = h
-                copies[n, k, e] -= 1
-                copies[n, k, f] += 1
-        return hosts, copies
-
-    # -- taking ------------------------------------------------------------------------------
-
-    def _take(
-        self, live: Ints, tries: _Tries, score: Floats, level: Floats, hosts: Ints, copies: Ints
-    ) -> None:
-        """The best candidate of each layer, if it pays and its bytes are still there."""
-        old = self.score[live]
-        net = np.where(tries.valid, old[:, None] - score - tries.price, -np.inf)
-        best = net.argmax(1)
-        row = np.arange(len(live))
-        worth = net[row, best]
-        pays = worth > self.margin * old
-        self._fails[live] += 1
-        taken = [
-            n
-            for n in np.flatnonzero(pays)[np.argsort(-worth[pays], kind="stable")].tolist()
-            if self._apply(tries, int(live[n]), n, int(best[n]), float(old[n] - score[n, best[n]]))
-        ]
-        at = np.array(taken, np.int64)
-        layers, k = live[at], best[at]
-        self._fails[layers] = 0
-        self._hosts[layers], self._copies[layers] = hosts[at, k], copies[at, k]
-        self._level[layers], self.score[layers] = level[at, k], score[at, k]
-        if int(self._copies.max(initial=0)) >= self._hosts.shape[2]:
-            self._hosts, self._copies = host_lists(self.resident, spare=1)
-
-    def _apply(self, tries: _Tries, layer: int, n: int, k: int, gain: float) -> bool:
+    def _apply(self, tries: Tries, i: int, gain: float) -> bool:
         """Change the layout and the free bytes; False when another layer took them first."""
-        kind, size = int(tries.kind[n, k]), int(self.size[layer])
-        e, f = int(tries.expert[n, k]), int(tries.other[n, k])
-        g, h = int(tries.source[n, k]), int(tries.target[n, k])
-        loads = size * (2 if kind == 0 else 1)
-        if kind and self.room[h] + (size if g == h else 0) < size:
+        kind, layer = int(tries.kind[i]), int(tries.layer[i])
+        e, f = int(tries.expert[i]), int(tries.other[i])
+        g, h = int(tries.source[i]), int(tries.target[i])
+        size = int(self.layout.size[layer])
+        loads = size * (2 if kind == SWAP else 1)
+        if kind != SWAP and self.room[h] + (size if g == h else 0) < size:
             return False
-        if self.loaded + loads > self.byte_limit:
+        if self.loaded + loads > self.layout.byte_limit:
             return False
         self.loaded += loads
         cell = self.resident[layer]
         cell[e, g] = False
-        if kind == 0:
+        if kind == SWAP:
             cell[e, h], cell[f, h], cell[f, g] = True, False, True
         else:
-            cell[e if kind == 1 else f, h] = True
+            cell[e if kind == MOVE else f, h] = True
             self.room[g] += size
             self.room[h] -= size
-        self.steps.append(
-            Step(
-                kind=("swap", "move", "replace")[kind],
+        other = e if kind == ANOTHER else f
+        self.changes.append(
+            Change(
+                kind=_KIND[kind],
                 layer=layer,
-                expert=f if kind == 2 else e,
+                expert=f if kind == ANOTHER else e,
                 source=g,
                 target=h,
-                other=e if kind == 2 else f,
+                other_layer=layer if other >= 0 else -1,
+                other_expert=other,
+                loaded_bytes=loads,
                 gain=gain,
-                price=float(tries.price[n, k]),
+                price=float(tries.price[i]),
             )
         )
         return True
+
+    def _put(self, tries: Tries, poured: Poured, gain: Floats, taken: list[int]) -> None:
+        """Let the flows follow the candidates that were taken, at most one of a layer."""
+        if not taken:
+            return
+        at = np.array(taken)
+        layers = tries.layer[at]
+        self._fails[layers] = 0
+        self._flows.put(layers, *self._tried, poured, at)
+        self.score[layers] -= gain[at]
+
+    # -- between layers ----------------------------------------------------------------------
+
+    def _trade(self) -> None:
+        """Copies where they gain most, in free bytes or for copies of other layers that are
+        missed least."""
+        every = np.arange(len(self.layout.load))
+        adds, poured, gain = self._best(self._drawer.draw_adds(every, _EACH), 1)
+        adds_tried = self._tried
+        drops, after, loss = self._best(self._drawer.draw_drops(every, _EACH), 1)
+        drops_tried = self._tried
+        cheapest = np.argsort(-loss, kind="stable").tolist()
+        given: list[int] = []
+        taken: list[int] = []
+        touched: set[int] = set()
+        for i in np.argsort(adds.price - gain, kind="stable").tolist():
+            layer = int(adds.layer[i])
+            need = float(adds.price[i]) + self.layout.margin * float(self.score[layer])
+            if gain[i] <= need or layer in touched:
+                continue
+            j = self._payment(adds, i, drops, cheapest, touched)
+            if j is None or (j >= 0 and gain[i] + loss[j] <= need):
+                continue
+            lost = float(loss[j]) if j >= 0 else 0.0
+            self._exchange(adds, i, drops, j, float(gain[i]) + lost)
+            taken.append(i)
+            touched.add(layer)
+            if j >= 0:
+                given.append(j)
+                touched.add(int(drops.layer[j]))
+        self._tried = adds_tried
+        self._put(adds, poured, gain, taken)
+        self._tried = drops_tried
+        self._put(drops, after, loss, given)
+
+    def _payment(
+        self, adds: Tries, i: int, drops: Tries, cheapest: list[int], touched: set[int]
+    ) -> int | None:
+        """The drop that makes room for an add; -1: none is needed; None: there is none."""
+        layer, h = int(adds.layer[i]), int(adds.target[i])
+        size = int(self.layout.size[layer])
+        if self.loaded + size > self.layout.byte_limit:
+            return None
+        if self.room[h] >= size and self.pool >= size:
+            return -1
+        for j in cheapest:
+            other = int(drops.layer[j])
+            freed = int(self.layout.size[other])
+            there = freed if int(drops.source[j]) == h else 0
+            enough = self.room[h] + there >= size and self.pool + freed >= size
+            if enough and other != layer and other not in touched:
+                return j
+        return None
+
+    def _exchange(self, adds: Tries, i: int, drops: Tries, j: int, gain: float) -> None:
+        layer, expert = int(adds.layer[i]), int(adds.other[i])
+        size, target = int(self.layout.size[layer]), int(adds.target[i])
+        other_layer = other = -1
+        if j >= 0:
+            other_layer, other = int(drops.layer[j]), int(drops.expert[j])
+            group, freed = int(drops.source[j]), int(self.layout.size[other_layer])
+            self.resident[other_layer, other, group] = False
+            self.room[group] += freed
+            self.pool += freed
+        self.resident[layer, expert, target] = True
+        self.room[target] -= size
+        self.pool -= size
+        self.loaded += size
+        self.changes.append(
+            Change(
+                kind="add" if j < 0 else "replace",
+                layer=layer,
+                expert=expert,
+                source=int(adds.source[i]),
+                target=target,
+                other_layer=other_layer,
+                other_expert=other,
+                loaded_bytes=size,
+                gain=gain,
+                price=float(adds.price[i]),
+            )
+        )

@@ -14,7 +14,7 @@ import numpy as np
 
 from placement.types import Bools, Floats, Ints
 
-_FAR = 1e18  # the level of a host that is only padding
+FAR = 1e18  # the level of a host that is only padding
 
 
 @dataclass(kw_only=True, eq=False)
@@ -59,7 +59,9 @@ def pour(
     reach = max(int(copies.max()), 1) if copies.size else 1
     # Narrow first, widest last: what can go anywhere levels what cannot. Experts of a step have
     # about as many copies, so the steps of narrow ones work on narrow arrays.
-    key = np.where(copies > 1, copies + load.mean(1) / (load.mean(1).max() + 1e-300) / 2, 0.0)
+    key = np.where(
+        copies > 1, copies + load.mean(1) / (load.mean(1).max(initial=0.0) + 1e-300) / 2, 0.0
+    )
     rep = np.argsort(-key, axis=1, kind="stable")[:, :most][:, ::-1]  # [L, R]
     row = np.arange(layers)[:, None]
     is_rep = copies[row, rep] > 1
@@ -71,9 +73,9 @@ def pour(
     flow = np.zeros((layers, most, cases, reach))
     flat = pairs.reshape(-1)
     steps = []
-    for r, copied in enumerate(copies[row, rep].max(0).tolist()):
+    for r, copied in enumerate(copies[row, rep].max(0, initial=1).tolist()):
         groups_of_step = host[:, r, :copied]  # [L, c]
-        far = np.where(groups_of_step == groups, _FAR, 0.0)[:, None, :]
+        far = np.where(groups_of_step == groups, FAR, 0.0)[:, None, :]
         at = groups_of_step[:, None, :] + offset[:, :, None]
         steps.append((at, rate_of[groups_of_step][:, None, :], far, amount[r][:, :, None]))
     for sweep in range(sweeps):
@@ -123,7 +125,7 @@ def fill(under: Floats, rates: Floats, far: Floats, amount: Floats) -> Floats:
     cases; what is left is scaled so that the amounts always sum up.
     """
     start = under / rates + far
-    inside = start < _FAR / 2
+    inside = start < FAR / 2
     weight = rates * inside
     for _ in range(min(start.shape[-1], 3)):
         level = (amount + (weight * start).sum(-1, keepdims=True)) / np.maximum(

@@ -14,7 +14,7 @@ from placement.plan import PlanConfig
 from placement.polish import Polisher
 from placement.pour import host_lists, pour
 from placement.score import layer_score
-from placement.search import Change, Searcher
+from placement.search import Searcher
 from placement.types import Bools, Fleet, Floats, Ints, bytes_by_group
 
 _SMALL = 100_000  # replicas that might be: up to here every plan is polished
@@ -119,9 +119,10 @@ class Problem:
             margin=margin,
             byte_limit=limit,
             node=self._nodes(),
+            pool=pool,
             held=dwelling,
         )
-        searcher = Searcher(layout, pool)
+        searcher = Searcher(layout)
         searcher.run(rounds)
         if polish and rounds and self.config.polish and self._cells < _SMALL:
             self._polish(searcher, layout)
@@ -129,23 +130,14 @@ class Problem:
 
     def _polish(self, searcher: Searcher, layout: Layout) -> None:
         """Small changes at random on top of what the search found; dear ones only."""
-        left = layout.byte_limit - searcher.loaded
-        polisher = Polisher(replace(layout, margin=_DEAR * layout.margin, byte_limit=left))
+        left = replace(
+            layout,
+            margin=_DEAR * layout.margin,
+            byte_limit=layout.byte_limit - searcher.loaded,
+            pool=searcher.pool,
+        )
+        polisher = Polisher(left)
         polisher.run(self.config.polish)
         searcher.score = polisher.score
         searcher.loaded += polisher.loaded
-        searcher.changes += [
-            Change(
-                kind=step.kind,
-                layer=step.layer,
-                expert=step.expert,
-                source=step.source,
-                target=step.target,
-                other_layer=step.layer if step.other >= 0 else -1,
-                other_expert=step.other,
-                loaded_bytes=int(self.size[step.layer]) * (2 if step.kind == "swap" else 1),
-                gain=step.gain,
-                price=step.price,
-            )
-            for step in polisher.steps
-        ]
+        searcher.changes += polisher.changes

@@ -21,6 +21,7 @@ FAILS = 8  # a layer rests after so many proposals that did not pay
 _TARGETS = 8  # groups looked at as new homes, least pressed first
 _EXPERTS = 16  # experts of the pressed group looked at, busiest first
 _HOPE = 0.3  # proposals promising this part of the margin are tried
+_SOME = 6  # scenarios that swaps are estimated on: there are many swaps, and it is a first guess
 _TOGETHER = 0.8  # what a replica on the same node is worth, where losses are to be survived
 
 
@@ -95,8 +96,10 @@ class Proposer:
         closed |= (amount.mean(2) <= 0)[:, :, None]
         add_net = np.where(closed, -np.inf, adds - price[:, None, :])
         best_add = add_net.reshape(len(live), -1).argmax(1)
+        some = slice(None, None, -(-self.load.shape[1] // _SOME))
+        calc = Gains(self.rate, relative[:, some], unit[:, some], source, target)
         swap_net, swap_price, partner = self._swaps(
-            live, source, target, expert, amount, calc, copies
+            live, source, target, expert, amount[:, :, some], calc, copies, some
         )
         best_swap = swap_net.reshape(len(live), -1).argmax(1)
         found = []
@@ -157,8 +160,10 @@ class Proposer:
         amount: Floats,
         calc: Gains,
         copies: Ints,
+        some: slice,
     ) -> tuple[Floats, Floats, Ints]:
-        """Net gains [N, S, T, F] of swapping expert s for the f-th lightest single of target t."""
+        """Net gains [N, S, T, F] of swapping expert s for the f-th lightest single of target t,
+        over `some` of the scenarios."""
         n = np.arange(len(live))[:, None]
         single = copies[live] == 1
         there = self.resident[live[:, None], :, target] & single[:, None, :]  # [N, T, E]
@@ -166,7 +171,7 @@ class Proposer:
         depth = self._depth
         partner = np.argpartition(weight, depth - 1, axis=2)[:, :, :depth]  # [N, T, F]
         real = np.isfinite(np.take_along_axis(weight, partner, 2))
-        back = self.load[live].transpose(0, 2, 1)[n[:, :, None], partner]  # [N, T, F, M]
+        back = self.load[live][:, some].transpose(0, 2, 1)[n[:, :, None], partner]  # [N, T, F, M]
         gain = calc.swap(amount, back)
         price = self.size[live][:, None] * (self.price[target] + self.price[source][:, None])
         can = single[n, expert][:, :, None, None] & real[:, None, :, :]

@@ -41,18 +41,15 @@ class Change:
 
 
 class Searcher:
-    """Changes the layout it is given, in place.
+    """Changes the layout it is given, in place."""
 
-    pool  most bytes by which it may grow
-    """
-
-    def __init__(self, layout: Layout, pool: float = np.inf) -> None:
+    def __init__(self, layout: Layout) -> None:
         load, resident, held = layout.load, layout.resident, layout.held
         self.load, self.resident, self._held = load, resident, held
         self.room, self.size = layout.room, layout.size
         self.rate, self.base = layout.rate, layout.base
         self.margin, self.byte_limit = layout.margin, layout.byte_limit
-        self.pool = pool
+        self.pool = layout.pool
         self.layers, self.cases, self.experts = load.shape
         self.groups = len(self.rate)
         self.loaded = 0

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placement.dwell import Held
+from placement.flows import Flows
 from placement.forecast import Forecast
 from placement.layout import Layout
 from placement.plan import PlanConfig
@@ -28,7 +29,7 @@ def layout(rng, layers, experts, groups, extra):
     return resident
 
 
-def polisher(rng, resident, *, free, price=0.0, margin=0.0, allowed=None, held=None, node=None):
+def polisher(rng, resident, *, free, price=0.0, margin=0.0, allowed=None, pool=1000, **more):
     layers, experts, groups = resident.shape
     size = rng.integers(1, 4, layers) * 10
     load = rng.dirichlet(np.full(experts, 0.5), size=(layers, 5))
@@ -43,15 +44,15 @@ def polisher(rng, resident, *, free, price=0.0, margin=0.0, allowed=None, held=N
             base=np.zeros(groups),
             price=np.full(groups, price),
             margin=margin,
-            node=node,
-            held=held,
+            pool=pool,
+            **more,
         )
     )
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.integers(0, 10_000), st.integers(2, 5))
-def test_bytes_copies_and_score_are_what_they_are_said_to_be(seed, groups):
+@given(st.integers(0, 10_000), st.integers(2, 5), st.booleans(), st.sampled_from([0, 30, 1000]))
+def test_bytes_copies_and_score_are_what_they_are_said_to_be(seed, groups, trades, pool):
     rng = np.random.default_rng(seed)
     before = layout(rng, 3, 8, groups, int(rng.integers(0, 8)))
     pinned = before & (rng.random(before.shape) < 0.2)
@@ -63,22 +64,28 @@ def test_bytes_copies_and_score_are_what_they_are_said_to_be(seed, groups):
         free=int(rng.integers(0, 50)),
         allowed=allowed,
         held=Held(pinned=pinned, barred=barred),
+        pool=pool,
     )
     start, room = work.score.copy(), work.room.copy()
-    work.run(12)
+    work.run(12, trades=trades)
     after = work.resident
-    assert (work.score <= start + 1e-12).all()
-    assert after.any(2).all() and after.sum() == before.sum()
-    assert (after.sum((1, 2)) == before.sum((1, 2))).all()  # layers keep their copies
-    used = bytes_by_group(after, work.size) - bytes_by_group(before, work.size)
+    assert work.score.sum() <= start.sum() + 1e-12
+    assert after.any(2).all()
+    if not trades:  # layers keep their copies
+        assert (work.score <= start + 1e-12).all()
+        assert (after.sum((1, 2)) == before.sum((1, 2))).all()
+    grown = int(((after.sum((1, 2)) - before.sum((1, 2))) * work.layout.size).sum())
+    assert grown <= pool and work.pool == pool - grown
+    used = bytes_by_group(after, work.layout.size) - bytes_by_group(before, work.layout.size)
     np.testing.assert_array_equal(room - used, work.room)
     assert (work.room >= np.minimum(room, 0)).all()
     assert not (after & ~before)[:, :, ~allowed].any()
     assert not (pinned & ~after).any() and not (barred & after).any()
     hosts, copies = host_lists(after)
-    again = layer_score(pour(work.load, hosts, copies, work.rate, work.base).level, work.rate)
+    made = work.layout
+    again = layer_score(pour(made.load, hosts, copies, made.rate, made.base).level, made.rate)
     np.testing.assert_allclose(again, work.score, rtol=0.05)  # pouring in another order
-    assert len(work.steps) > 0 or (work.score == start).all()
+    assert len(work.changes) > 0 or (work.score == start).all()
 
 
 def test_it_finds_what_the_search_misses():
@@ -94,12 +101,54 @@ def test_it_finds_what_the_search_misses():
     assert better.placement.resident.sum() == plain.placement.resident.sum()
 
 
+def test_layers_trade_copies():
+    """A copy no use to its layer goes where another layer needs one: bytes are short."""
+    load = np.full((2, 4), 1.0)
+    load[1, 0] = 4.0
+    resident = np.zeros((2, 4, 2), bool)
+    resident[:, [0, 1], 0] = resident[:, [2, 3], 1] = True
+    resident[0, 0, 1] = True  # a spare copy in the level layer
+    made = Layout(
+        load=load[:, None, :],
+        resident=resident,
+        allowed=np.ones(2, bool),
+        room=np.array([0, 0]),
+        size=np.array([10, 10]),
+        rate=np.ones(2),
+        base=np.zeros(2),
+        price=np.zeros(2),
+        margin=0.001,
+    )
+    work = Polisher(made)
+    work.run(20)
+    assert resident.sum((1, 2)).tolist() == [4, 5] and resident[1, 0].all()
+    traded = [c for c in work.changes if c.kind == "replace" and c.other_layer == 0]
+    assert [(c.layer, c.other_expert) for c in traded] == [(1, 0)]
+
+
+def test_a_first_look_agrees_with_pouring_everything():
+    """Where only the experts that change are replicated, both are the same."""
+    rng = np.random.default_rng(8)
+    resident = layout(rng, 3, 8, 4, 0)
+    work = polisher(np.random.default_rng(9), resident, free=40)
+    flows, layer = Flows(work.layout), np.arange(3)
+    experts = np.tile([1, -1], (3, 1))
+    hosts = np.full((3, 2, 2), 4)
+    hosts[:, 0] = [0, 3]
+    told = flows.gain(layer, experts, hosts)
+    _, copies = flows.changed(layer, experts, hosts)
+    poured = flows.pour(layer, *flows.changed(layer, experts, hosts))
+    assert copies[:, 1].tolist() == [2, 2, 2]
+    found = flows.score - layer_score(poured.level, work.layout.rate)
+    np.testing.assert_allclose(told, found, atol=1e-12)
+
+
 def test_dear_bytes_and_a_byte_limit_are_heeded():
     rng = np.random.default_rng(1)
     resident = layout(rng, 3, 12, 4, 4)
     dear = polisher(np.random.default_rng(2), resident.copy(), free=100, price=1.0)
     dear.run(10)
-    assert not dear.steps and (dear.resident == resident).all()
+    assert not dear.changes and (dear.resident == resident).all()
     spec = fleet(groups=4, layers=3, slots=20)
     load = rng.lognormal(0, 1, (3, 12)) * 1e4
     steady = Forecast(load=load, scenarios=load[None], spread=load * 0)
@@ -132,7 +181,7 @@ def test_copies_do_not_gather_on_one_node():
         several = work.resident.sum(2) > 1
         on = np.stack([work.resident[:, :, node == n].any(2) for n in (0, 1)])
         apart = on.all(0)[several]
-        assert work.steps and (apart.all() if way is not None else True)
+        assert work.changes and (apart.all() if way is not None else True)
 
 
 @pytest.mark.parametrize("groups", [1, 2])
