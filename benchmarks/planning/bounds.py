@@ -33,9 +33,7 @@ from placement.polish import Polisher
 from placement.pour import host_lists, pour
 
 EXTRA = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12)  # copies beyond one of each, on 8 groups
-import os
-
-ROUNDS, STARTS = int(os.environ.get("ROUNDS", 150)), 2
+ROUNDS, STARTS = 150, 2
 
 
 def main() -> None:

@@ -25,8 +25,8 @@ from benchmarks.report import table
 from placement.forecast import Forecast, Forecaster
 from placement.plan import PlanConfig
 from placement.planner import delta_plan, full_plan
-from placement.reconcile import regroup
 from placement.types import Fleet, Placement
+from placement.unplanned import regroup
 
 WARM_UP = 2
 BATCH_TOKENS = (1, 32, 512)

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from placement.errors import DoesNotFit, PlacementError
 from placement.fake import FakeFleet
 from placement.plan import PlanConfig
-from placement.reconcile import ReconcileConfig, Reconciler, regroup
+from placement.reconcile import ReconcileConfig, Reconciler
 from placement.simulate import Event, simulate
 from placement.types import Placement
+from placement.unplanned import regroup
 from tests.placement.fleets import fleet
 
 
