@@ -1,12 +1,16 @@
 """The placement planner against EPLB, on traces: plan on past windows, score on the next one.
 
-    python -m benchmarks.planner [--traces DIR] [--quick] [--only NAME]
+    python -m benchmarks.planner [--traces DIR] [--quick] [--only NAME] [--fleets F,F]
 
 Prints a table for every trace and fleet, every row, also those lost; the last line is JSON.
 Time-balancedness: sum over layers of tokens / summed speed, over the slowest group's tokens /
 speed; 1 is no straggler. "net" charges a replan's loads (10 GB/s a group) to 100 steps. Of files
 with traces our planner is told the past windows in 16 parts each, as reports of a running fleet
 would have it (EPLB has no use for them); synthetic loads come in whole windows.
+
+All at once takes long. In pieces: `--parts split,time,loop` first, which also prints the cost of
+a batch; then `--parts traces --costs ALPHA,PAIR,GAMMA --only NAME` with those seconds. Nothing of
+"traces" is timed but the seconds a delta plan takes.
 """
 
 from __future__ import annotations
@@ -35,9 +39,30 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="equal and mixed fleets only, no R1")
     parser.add_argument("--only", default="", help="traces whose name contains this")
     parser.add_argument("--parts", default="traces,split,time,loop")
+    parser.add_argument("--fleets", default="", help="of equal,mixed,straggler,memory 2:1,one lost")
+    parser.add_argument("--costs", default="", help="alpha,pair,gamma in seconds: not measured")
     args = parser.parse_args()
     parts = args.parts.split(",")
     check_baseline()
+    results: dict[str, Any] = {}
+    if args.costs and "loop" not in parts:
+        alpha, pair, gamma = (float(part) for part in args.costs.split(","))
+        costs = Costs(alpha_s=alpha, pair_s=pair, gamma_s=gamma)
+    else:
+        costs = measured(results, "loop" in parts)
+    results["costs"] = vars(costs)
+    if "split" in parts:
+        results["split"] = split_times()
+    if "time" in parts:
+        results["planning_s"] = planning_times()
+    if "traces" in parts:
+        results["traces"] = run_traces(args, costs)
+    shown = {k: str(v) for k, v in vars(args).items() if k != "traces"}
+    finish("planner", shown, results)
+
+
+def measured(results: dict[str, Any], loop: bool) -> Costs:
+    """What a batch costs on real group processes; and the closed loop on them."""
     groups = Groups([1, 1, 3])
     try:
         costs = groups.measure(0)
@@ -47,19 +72,11 @@ def main() -> None:
                 f"  alpha {found.alpha_s * 1e6:.1f} us, {found.pair_s * 1e6:.2f} us a pair, "
                 f"gamma {found.gamma_s * 1e6:.1f} us an expert ({who})"
             )
-        results: dict[str, Any] = {"costs": vars(costs)}
-        if "loop" in parts:
+        if loop:
             results["loop"] = closed_loop(groups)
+        return costs
     finally:
         groups.close()
-    if "split" in parts:
-        results["split"] = split_times()
-    if "time" in parts:
-        results["planning_s"] = planning_times()
-    if "traces" in parts:
-        results["traces"] = run_traces(args, costs)
-    shown = {k: str(v) for k, v in vars(args).items() if k != "traces"}
-    finish("planner", shown, results)
 
 
 def run_traces(args: argparse.Namespace, costs: Costs) -> list[dict[str, Any]]:
@@ -77,7 +94,8 @@ def run_traces(args: argparse.Namespace, costs: Costs) -> list[dict[str, Any]]:
     for trace in traces:
         if args.only not in trace.name:
             continue
-        for kind in FLEETS[:2] if args.quick else FLEETS:
+        chosen = args.fleets.split(",") if args.fleets else FLEETS[:2] if args.quick else FLEETS
+        for kind in chosen:
             results.append(run_case(trace, kind, costs))
     return results
 

@@ -24,6 +24,10 @@ def make_fleet(trace: Trace, kind: str, extra: float = 1.0) -> tuple[Fleet, int]
     speed, weight = np.ones(groups), np.ones(groups)
     if kind == "mixed":
         speed[groups // 2 : groups * 3 // 4], speed[groups * 3 // 4 :] = 0.5, 0.25
+    elif kind == "ladder":
+        speed = np.linspace(1.0, 0.3, groups)
+    elif kind == "10:1":
+        speed[groups // 2 :] = 0.1
     elif kind == "straggler":
         speed[-1] = 0.7
     elif kind == "memory 2:1":
