@@ -100,12 +100,12 @@ class Flows:
         wide = np.flatnonzero(hosts[:, 1] < groups)
         if not len(wide):
             return
-        at = hosts[wide, : int((hosts[wide] < groups).sum(1).max())]
-        far = np.where(at == groups, FAR, 0.0)[:, None, :]
+        at = hosts[wide, : int((hosts[wide] < groups).sum(1).max())].T[:, :, None]  # [C, W, 1]
+        far = np.where(at == groups, FAR, 0.0)
         inside = np.minimum(at, groups - 1)
-        case = np.arange(pairs.shape[1])[None, :, None]
-        under = pairs[rows[wide][:, None, None], case, inside[:, None, :]]  # [W, M, C]
-        poured = fill(under, self.rate[inside][:, None, :], far, amount[wide][:, :, None])
-        for c in range(at.shape[1]):  # padding must not write over a true host
-            real = np.flatnonzero(at[:, c] < groups)
-            pairs[rows[wide[real]], :, at[real, c]] += poured[real, :, c]
+        case = np.arange(pairs.shape[1])
+        under = pairs[rows[wide][:, None], case, inside]  # [C, W, M]
+        poured = fill(under, self.rate[inside], far, amount[wide])
+        for host, part in zip(at[:, :, 0], poured, strict=True):
+            real = np.flatnonzero(host < groups)  # padding must not write over a true host
+            pairs[rows[wide[real]], :, host[real]] += part[real]

@@ -70,18 +70,18 @@ def pour(
     amount = np.ascontiguousarray(np.where(is_rep[:, None, :], amount, 0.0).transpose(2, 0, 1))
     rate_of = np.append(rate, 1.0)
     offset = (np.arange(layers)[:, None] * cases + np.arange(cases)) * width  # [L, M]
-    flow = np.zeros((layers, most, cases, reach))
+    flows = np.zeros((most, reach, layers, cases))
     flat = pairs.reshape(-1)
     steps = []
     for r, copied in enumerate(copies[row, rep].max(0, initial=1).tolist()):
-        groups_of_step = host[:, r, :copied]  # [L, c]
-        far = np.where(groups_of_step == groups, FAR, 0.0)[:, None, :]
-        at = groups_of_step[:, None, :] + offset[:, :, None]
-        steps.append((at, rate_of[groups_of_step][:, None, :], far, amount[r][:, :, None]))
+        groups_of_step = host[:, r, :copied].T[:, :, None]  # [c, L, 1]
+        far = np.where(groups_of_step == groups, FAR, 0.0)
+        at = groups_of_step + offset  # [c, L, M]
+        steps.append((at, rate_of[groups_of_step], far, amount[r]))
     for sweep in range(sweeps):
         for r, (at, rates, far, tokens) in enumerate(steps):
             under = flat[at]
-            out = flow[:, r, :, : at.shape[2]]
+            out = flows[r, : len(at)]
             if sweep:
                 under -= out
             poured = fill(under, rates, far, tokens)
@@ -89,6 +89,7 @@ def pour(
             under += poured
             flat[at] = under
     pairs = pairs[:, :, :groups]
+    flow = flows.transpose(2, 0, 3, 1)
     return Poured(pairs=pairs, level=pairs / rate, rep=rep, hosts=host, flow=flow)
 
 
@@ -118,22 +119,20 @@ def merge(old: Poured, new: Poured, layers: Ints, taken: Bools) -> Poured:
 
 
 def fill(under: Floats, rates: Floats, far: Floats, amount: Floats) -> Floats:
-    """Pour `amount` [..., 1] over hosts [..., C] that hold `under` pairs: pairs for each host.
+    """Pour `amount` [...] over hosts [C, ...] that hold `under` pairs: pairs for each host.
 
     The level is the smallest (amount + held by a set of hosts) / (their rate), found from above:
     start with all hosts, leave out those that stick out, again. Three rounds settle nearly all
     cases; what is left is scaled so that the amounts always sum up.
     """
     start = under / rates + far
-    inside = start < FAR / 2
-    weight = rates * inside
-    for _ in range(min(start.shape[-1], 3)):
-        level = (amount + (weight * start).sum(-1, keepdims=True)) / np.maximum(
-            weight.sum(-1, keepdims=True), 1e-300
-        )
+    weight = rates * (far < FAR / 2)
+    for _ in range(min(len(start), 3)):
+        level = (amount + (weight * start).sum(0)) / np.maximum(weight.sum(0), 1e-300)
         weight = rates * (start < level)
-    poured: Floats = np.maximum(level - start, 0.0) * rates
-    total = poured.sum(-1, keepdims=True)
+    poured: Floats = np.maximum(level - start, 0.0)
+    poured *= rates
+    total = poured.sum(0)
     poured *= amount / np.maximum(total, 1e-300)
     return poured
 
