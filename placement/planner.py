@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from placement.dwell import Held
@@ -17,6 +19,7 @@ from placement.survive import check_survives
 from placement.types import Bools, Fleet, Floats, Placement, bytes_by_group
 
 _NEAR = 1.08  # within this factor of a perfectly level fleet no full plan is tried
+_POLISHED = 0.05  # polishing saves no more than this part of the time, where copies are few
 
 
 def full_plan(
@@ -149,8 +152,14 @@ def make_plan(
     ideal = float(forecast.load.sum()) / float(fleet.pair_rate[alive].sum())
     if delta.after_s < _NEAR * ideal:
         return delta  # no plan could be much better
+    gain_delta = net_gain_s(delta, fleet)
+    if config.polish:  # half of a full plan's time: only for one that may win by it
+        rough = full_plan(forecast, fleet, replace(config, polish=0), current, staying)
+        hope = net_gain_s(rough, fleet) + _POLISHED * config.horizon_s * rough.after_s
+        if hope <= max(gain_delta, 0.0) * config.switch:
+            return delta
     full = full_plan(forecast, fleet, config, current, staying)
-    gain_full, gain_delta = net_gain_s(full, fleet), net_gain_s(delta, fleet)
+    gain_full = net_gain_s(full, fleet)
     limit = config.interval_bytes
     allowed = limit is None or full.loaded_bytes <= limit
     allowed = allowed and (dwelling is None or dwelling.allows(full.loads, full.drops))

@@ -26,7 +26,7 @@ from placement.types import Floats
 _EACH = 32  # candidates of a layer and round
 _POURED = 3  # of them poured in full, the most promising
 _RESTS = 15  # a layer rests after so many rounds in which nothing paid
-_TRADES = 4  # rounds between two trades of copies
+_TRADES = 5  # rounds between two trades of copies
 _KIND = {SWAP: "swap", MOVE: "move", ANOTHER: "replace"}
 
 
