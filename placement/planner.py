@@ -11,7 +11,7 @@ from placement.errors import PlacementError
 from placement.forecast import Forecast
 from placement.plan import Plan, PlanConfig
 from placement.pour import even_shares
-from placement.problem import Problem
+from placement.problem import Problem, polish_rounds
 from placement.repair import Owed, repair, thin_out
 from placement.scratch import from_scratch
 from placement.search import Searcher
@@ -153,7 +153,8 @@ def make_plan(
     if delta.after_s < _NEAR * ideal:
         return delta  # no plan could be much better
     gain_delta = net_gain_s(delta, fleet)
-    if config.polish:  # half of a full plan's time: only for one that may win by it
+    # polishing is half of a full plan's time: only for one that may win by it
+    if polish_rounds(config, forecast.load.size * len(fleet.groups)):
         rough = full_plan(forecast, fleet, replace(config, polish=0), current, staying)
         hope = net_gain_s(rough, fleet) + _POLISHED * config.horizon_s * rough.after_s
         if hope <= max(gain_delta, 0.0) * config.switch:

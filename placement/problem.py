@@ -18,8 +18,14 @@ from placement.search import Searcher
 from placement.types import Bools, Fleet, Floats, Ints, bytes_by_group
 
 _SMALL = 100_000  # replicas that might be: up to here every plan is polished
+_MEDIUM = 600_000  # up to here with a third of the rounds
 _CASES, _WORK = 30, 400_000  # scenarios at most, and replicas times scenarios on small fleets
 _DEAR = 4.0  # margins: what is found by chance fits the scenarios it was found on
+
+
+def polish_rounds(config: PlanConfig, cells: int) -> int:
+    """Rounds of polishing for so many replicas that might be (layers x experts x groups)."""
+    return config.polish if cells < _SMALL else config.polish // 3 if cells < _MEDIUM else 0
 
 
 class Problem:
@@ -124,7 +130,7 @@ class Problem:
         )
         searcher = Searcher(layout)
         searcher.run(rounds)
-        if polish and rounds and self.config.polish and self._cells < _SMALL:
+        if polish and rounds and polish_rounds(self.config, self._cells):
             self._polish(searcher, layout)
         return searcher
 
@@ -137,7 +143,7 @@ class Problem:
             pool=searcher.pool,
         )
         polisher = Polisher(left)
-        polisher.run(self.config.polish)
+        polisher.run(polish_rounds(self.config, self._cells))
         searcher.score = polisher.score
         searcher.loaded += polisher.loaded
         searcher.changes += polisher.changes
