@@ -14,6 +14,7 @@ from benchmarks.planning.score import (
     STEPS,
     Costs,
     Tally,
+    batch_splits,
     batch_time,
     by_share,
     by_split,
@@ -134,12 +135,11 @@ class Runs:
             tally.add(resident, self.fleet, split, ideal)
             plain = self.no_split.setdefault(name, Tally(name=name))
             plain.add(resident, self.fleet, by_share(share, window, speed), ideal)
+            splits = batch_splits(resident, speed, costs)
             for tokens in BATCH_TOKENS:
                 for draw in range(6 if tokens == 1 else 1):
                     same = np.random.default_rng([self.seen, draw])  # the same for all planners
-                    seconds = batch_time(
-                        resident, window, speed, costs, tokens * top_k, same, True, share
-                    )
+                    seconds = batch_time(splits, window, speed, costs, tokens * top_k, same)
                     tally.times.setdefault(tokens, []).append(seconds)
 
     def fits(self, resident: np.ndarray) -> bool:

@@ -85,36 +85,28 @@ class Costs:
     gamma_s: float
 
 
+def batch_splits(resident: np.ndarray, speed: np.ndarray, costs: Costs) -> list[LayerSplit]:
+    """The router's split of each layer, made once for all batches of a plan."""
+    alpha, gamma = costs.alpha_s / speed, costs.gamma_s / speed
+    return [LayerSplit(layer, speed / costs.pair_s, alpha, gamma) for layer in resident]
+
+
 def batch_time(
-    resident: np.ndarray,
+    splits: list[LayerSplit],
     window: np.ndarray,
     speed: np.ndarray,
     costs: Costs,
     pairs: int,
     rng: np.random.Generator,
-    split: bool,
-    share: np.ndarray,
 ) -> float:
     """Seconds of one batch of `pairs` pairs a layer, drawn from the window; summed over layers."""
     alpha, gamma = costs.alpha_s / speed, costs.gamma_s / speed
     rate = speed / costs.pair_s
     total = 0.0
-    for layer, weight in enumerate(window):
-        counts = rng.multinomial(pairs, weight / weight.sum())
-        if split:
-            cut = LayerSplit(resident[layer], rate, alpha, gamma).split(counts)
-        else:
-            cut = fixed_split(share[layer], counts, rng)
+    for layer, weight in zip(splits, window, strict=True):
+        cut = layer.split(rng.multinomial(pairs, weight / weight.sum()))
         total += float((alpha + cut.sum(0) / rate + gamma * (cut > 0).sum(0)).max())
     return total
-
-
-def fixed_split(share: np.ndarray, counts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Each token to a replica by the shares, at random: what a router without a split does."""
-    active = np.flatnonzero(counts)
-    cut = np.zeros(share.shape, np.int64)
-    cut[active] = rng.multinomial(counts[active], share[active] / share[active].sum(1)[:, None])
-    return cut
 
 
 @dataclass(kw_only=True)
