@@ -25,6 +25,7 @@ from placement.types import Floats
 
 _EACH = 32  # candidates of a layer and round
 _POURED = 3  # of them poured in full, the most promising
+_HOPE = 0.02  # a first look may say so much too little, as a part of the layer's score
 _RESTS = 15  # a layer rests after so many rounds in which nothing paid
 _TRADES = 5  # rounds between two trades of copies
 _KIND = {SWAP: "swap", MOVE: "move", ANOTHER: "replace"}
@@ -87,7 +88,8 @@ class Polisher:
         order = np.lexsort((-hope, tries.layer))
         layer = tries.layer[order]
         rank = np.arange(len(layer)) - np.searchsorted(layer, layer)
-        worthy = (hope[order] > 0) | (tries.kind[order] == DROP)  # no drop gains anything
+        worthy = hope[order] > -_HOPE * self.score[layer]
+        worthy |= tries.kind[order] == DROP  # no drop gains anything
         chosen = order[(rank < most) & worthy]
         tries = tries.some(chosen)
         hosts, copies = self._flows.changed(tries.layer, experts[chosen], hosts[chosen])
