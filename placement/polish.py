@@ -13,6 +13,8 @@ Only for fleets of a size where thousands of candidates can be looked at in the 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from placement.flows import Flows
@@ -21,7 +23,7 @@ from placement.pour import Poured
 from placement.score import layer_score
 from placement.search import Change
 from placement.tries import ANOTHER, DROP, MOVE, SWAP, Drawer, Tries
-from placement.types import Floats
+from placement.types import Floats, Ints
 
 _EACH = 32  # candidates of a layer and round
 _POURED = 3  # of them poured in full, the most promising
@@ -29,6 +31,20 @@ _HOPE = 0.02  # a first look may say so much too little, as a part of the layer'
 _RESTS = 15  # a layer rests after so many rounds in which nothing paid
 _TRADES = 5  # rounds between two trades of copies
 _KIND = {SWAP: "swap", MOVE: "move", ANOTHER: "replace"}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Best:
+    """The most promising candidates [V], with everything poured.
+
+    hosts, copies  their host lists [V, E, C], [V, E]; gain float64 [V], the fall of J
+    """
+
+    tries: Tries
+    hosts: Ints
+    copies: Ints
+    poured: Poured
+    gain: Floats
 
 
 class Polisher:
@@ -66,9 +82,10 @@ class Polisher:
 
     # -- within a layer ----------------------------------------------------------------------
 
-    def _change(self, tries: Tries) -> None:
+    def _change(self, drawn: Tries) -> None:
         """Of each layer the best candidate, if it pays."""
-        tries, poured, gain = self._best(tries, _POURED)
+        best = self._best(drawn, _POURED)
+        tries, gain = best.tries, best.gain
         worth = gain - tries.price
         done: set[int] = set()
         taken = []
@@ -79,10 +96,10 @@ class Polisher:
             done.add(layer)
             if self._apply(tries, i, float(gain[i])):
                 taken.append(i)
-        self._put(tries, poured, gain, taken)
+        self._put(best, taken)
 
-    def _best(self, tries: Tries, most: int) -> tuple[Tries, Poured, Floats]:
-        """The most promising candidates of each layer, poured; and what they gain."""
+    def _best(self, tries: Tries, most: int) -> _Best:
+        """The most promising of each layer, at most so many."""
         experts, hosts = tries.hosts(self._flows, len(self.layout.rate))
         hope = self._flows.gain(tries.layer, experts, hosts) - tries.price
         order = np.lexsort((-hope, tries.layer))
@@ -94,9 +111,8 @@ class Polisher:
         tries = tries.some(chosen)
         hosts, copies = self._flows.changed(tries.layer, experts[chosen], hosts[chosen])
         poured = self._flows.pour(tries.layer, hosts, copies)
-        score = layer_score(poured.level, self.layout.rate)
-        self._tried = hosts, copies
-        return tries, poured, self.score[tries.layer] - score
+        gain = self.score[tries.layer] - layer_score(poured.level, self.layout.rate)
+        return _Best(tries=tries, hosts=hosts, copies=copies, poured=poured, gain=gain)
 
     def _apply(self, tries: Tries, i: int, gain: float) -> bool:
         """Change the layout and the free bytes; False when another layer took them first."""
@@ -135,15 +151,15 @@ class Polisher:
         )
         return True
 
-    def _put(self, tries: Tries, poured: Poured, gain: Floats, taken: list[int]) -> None:
+    def _put(self, best: _Best, taken: list[int]) -> None:
         """Let the flows follow the candidates that were taken, at most one of a layer."""
         if not taken:
             return
         at = np.array(taken)
-        layers = tries.layer[at]
+        layers = best.tries.layer[at]
         self._fails[layers] = 0
-        self._flows.put(layers, *self._tried, poured, at)
-        self.score[layers] -= gain[at]
+        self._flows.put(layers, best.hosts, best.copies, best.poured, at)
+        self.score[layers] -= best.gain[at]
 
     # -- between layers ----------------------------------------------------------------------
 
@@ -151,10 +167,10 @@ class Polisher:
         """Copies where they gain most, in free bytes or for copies of other layers that are
         missed least."""
         every = np.arange(len(self.layout.load))
-        adds, poured, gain = self._best(self._drawer.draw_adds(every, _EACH), 1)
-        adds_tried = self._tried
-        drops, after, loss = self._best(self._drawer.draw_drops(every, _EACH), 1)
-        drops_tried = self._tried
+        more = self._best(self._drawer.draw_adds(every, _EACH), 1)
+        fewer = self._best(self._drawer.draw_drops(every, _EACH), 1)
+        adds, gain = more.tries, more.gain
+        drops, loss = fewer.tries, fewer.gain  # below 0
         cheapest = np.argsort(-loss, kind="stable").tolist()
         given: list[int] = []
         taken: list[int] = []
@@ -174,10 +190,8 @@ class Polisher:
             if j >= 0:
                 given.append(j)
                 touched.add(int(drops.layer[j]))
-        self._tried = adds_tried
-        self._put(adds, poured, gain, taken)
-        self._tried = drops_tried
-        self._put(drops, after, loss, given)
+        self._put(more, taken)
+        self._put(fewer, given)
 
     def _payment(
         self, adds: Tries, i: int, drops: Tries, cheapest: list[int], touched: set[int]
