@@ -9,7 +9,7 @@ On the mixed fleet, for a quarter of EPLB's extra copies and for all of them:
   others   for each window a layout that knows all others, later ones too, but not that one
 
 For every layer and every number of extra copies a layout is searched for (many small changes at
-random, several starts, moving costs nothing, a group's memory is not limited); an exact knapsack
+random, moving costs nothing, a group's memory is not limited); an exact knapsack
 then deals the copies out over the layers. No proven bound, but more than a planner may have: it
 has limits of memory, knows only the past, and pays for moves.
 """
@@ -32,8 +32,8 @@ from placement.pack import pack, replica_counts
 from placement.polish import Polisher
 from placement.pour import host_lists, pour
 
-EXTRA = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12)  # copies beyond one of each, on 8 groups
-ROUNDS, STARTS = 150, 2
+EXTRA = (0, 1, 2, 3, 4, 6, 8, 10)  # copies beyond one of each, on 8 groups
+ROUNDS = 100  # of 32 small changes for every layer
 
 
 def main() -> None:
@@ -102,22 +102,10 @@ def best(
     mean = load.mean(1)
     copies = replica_counts(mean, np.full(layers, extra), np.ones_like(mean, bool), groups)
     caps = np.full((layers, groups), experts)
-    found, guess = None, np.full(layers, np.inf)
-    for seed in range(STARTS):
-        # the second start leaves the slow groups a tenth of their time
-        rate = speed if seed == 0 else np.where(speed < speed.max(), 0.9 * speed, speed)
-        resident = pack(mean, copies, caps, rate)
-        work = Polisher(_free(load, resident, speed), seed)
-        work.run(ROUNDS, rests=ROUNDS, trades=False)
-        time = _time(load, work.resident, speed).mean(1)
-        better = time < guess
-        guess = np.where(better, time, guess)
-        found = (
-            work.resident
-            if found is None
-            else np.where(better[:, None, None], work.resident, found)
-        )
-    return guess, _time(scored.transpose(1, 0, 2), found, speed).sum(1)
+    work = Polisher(_free(load, pack(mean, copies, caps, speed), speed))
+    work.run(ROUNDS, rests=ROUNDS, trades=False)
+    guess = _time(load, work.resident, speed).mean(1)
+    return guess, _time(scored.transpose(1, 0, 2), work.resident, speed).sum(1)
 
 
 def _time(load: np.ndarray, resident: np.ndarray, speed: np.ndarray) -> np.ndarray:

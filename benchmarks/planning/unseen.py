@@ -35,11 +35,8 @@ SETTINGS: dict[str, tuple[Any, str, Any]] = {
     "no polishing": (None, "polish", 0),
     "three times the polishing": (None, "polish", 108),
     "polishing for 2 margins": (problem, "_DEAR", 2.0),
-    "polishing for 8 margins": (problem, "_DEAR", 8.0),
-    "15 scenarios": (problem, "_CASES", 15),
     "no scenarios from parts": (None, "parts", False),
     "less of the norm in the score": (score, "SOFT", 0.25),
-    "more of it": (score, "SOFT", 0.75),
 }
 
 
