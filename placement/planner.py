@@ -70,9 +70,9 @@ def delta_plan(
     limit = np.inf if config.interval_bytes is None else float(config.interval_bytes)
     limit -= sum(o.loaded_bytes for o in owed)  # what is owed is loaded in any case
     rounds = problem.rounds(2)
-    # What is owed (a lost expert, say) is not kept waiting by polishing, nine tenths of the time.
+    # what is owed (a lost expert, say) is not kept waiting long by polishing
     searcher = problem.search(
-        resident, cases, problem.price, config.margin, limit, rounds, dwelling, polish=not owed
+        resident, cases, problem.price, config.margin, limit, rounds, dwelling, hasty=bool(owed)
     )
     return _finish("delta", problem, cases, searcher, current, owed)
 

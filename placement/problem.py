@@ -105,8 +105,9 @@ class Problem:
         rounds: int,
         dwelling: Held | None = None,
         *,
-        polish: bool = True,
+        hasty: bool = False,
     ) -> Searcher:
+        """What the guided search and polishing (less of it when `hasty`) make of a layout."""
         held = bytes_by_group(resident, self.size)
         room = np.where(self.staying, self.fleet.budget_bytes - held, 0)
         pool = np.inf
@@ -130,11 +131,12 @@ class Problem:
         )
         searcher = Searcher(layout)
         searcher.run(rounds)
-        if polish and rounds and polish_rounds(self.config, self._cells):
-            self._polish(searcher, layout)
+        polishing = polish_rounds(self.config, self._cells) // (3 if hasty else 1)
+        if rounds and polishing:
+            self._polish(searcher, layout, polishing)
         return searcher
 
-    def _polish(self, searcher: Searcher, layout: Layout) -> None:
+    def _polish(self, searcher: Searcher, layout: Layout, rounds: int) -> None:
         """Small changes at random on top of what the search found; dear ones only."""
         left = replace(
             layout,
@@ -143,7 +145,7 @@ class Problem:
             pool=searcher.pool,
         )
         polisher = Polisher(left)
-        polisher.run(polish_rounds(self.config, self._cells))
+        polisher.run(rounds)
         searcher.score = polisher.score
         searcher.loaded += polisher.loaded
         searcher.changes += polisher.changes
