@@ -16,7 +16,6 @@ from placement.forecast import forecast_windows
 from placement.plan import PlanConfig
 from placement.planner import delta_plan, full_plan
 
-
 SHAPES = (  # layers, experts, groups
     (24, 32, 8),
     (26, 64, 8),
