@@ -19,6 +19,7 @@ from ray.actor import ActorHandle
 
 from actors.cluster import RayCluster
 from actors.fleet import reason
+from actors.head import Head
 from actors.intent import Intent, Pin, drained, pinned, scaled
 from actors.loop import ControlLoop
 from actors.memory import Memory
@@ -42,6 +43,7 @@ __all__ = ["PlacementController", "ensure_controller", "find_controller", "reaso
 
 log = logging.getLogger("raymoe.controller")
 _ROUTER_SILENT_S = 5.0
+_HEAD_LIMIT_S = 3.0  # it answers in milliseconds; a loaded machine may take longer
 
 
 class PlacementController:
@@ -52,12 +54,13 @@ class PlacementController:
         configure(self._config.logging, "controller", self._config.name, self._surroundings)
         self._spec = ModelSpec.from_json(spec_json)
         self._routers: dict[str, dict[str, Any]] = {}
-        self._memory = Memory(self._config.name)
+        self._head = Head()
+        self._memory = Memory(self._config.name, self._head)
         secret = read_secret(self._config)
         identity = identity_of(self._config, self._spec)
         self._control = ControlServer(identity, secret, host=_listen_host(self._config))
         self._loop = ControlLoop(
-            self._config, self._spec, self._control, self._memory, RayCluster()
+            self._config, self._spec, self._control, self._memory, RayCluster(self._head)
         )
         self._lock = self._loop.lock
         self._ledger = Ledger(time.monotonic(), restarted=self._loop.term > 1)
@@ -253,6 +256,7 @@ class PlacementController:
         """Ends every group. The controller itself is killed by the caller."""
         self._stop.set()
         self._thread.join(timeout=2)
+        self._head.limit_s = None
         self._loop.stop()
         self._control.close()
         self._memory.forget()
@@ -260,6 +264,7 @@ class PlacementController:
     def _run(self) -> None:
         try:
             self._loop.begin()
+            self._head.limit_s = _HEAD_LIMIT_S
             while not self._stop.is_set():
                 self._loop.turn(self._config.placement.interval_s)
                 self._look()

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from actors.head import Head
+
 _NAMES = ("term", "epoch", "intent")
 
 
 class Memory:
     """The KV entries of one deployment. Every call is one round trip to Ray's GCS (about 1 ms)."""
 
-    def __init__(self, deployment: str) -> None:
-        self._prefix = f"raymoe:{deployment}:"
+    def __init__(self, deployment: str, head: Head) -> None:
+        self._prefix, self._head = f"raymoe:{deployment}:", head
 
     def next_term(self) -> int:
         """A number larger than that of any earlier controller of the deployment."""
@@ -49,10 +51,12 @@ class Memory:
     def _get(self, name: str) -> str | None:
         from ray.experimental.internal_kv import _internal_kv_get
 
-        value = _internal_kv_get((self._prefix + name).encode())
+        key = (self._prefix + name).encode()
+        value = self._head.ask(lambda: _internal_kv_get(key))
         return None if value is None else value.decode()
 
     def _put(self, name: str, value: str) -> None:
         from ray.experimental.internal_kv import _internal_kv_put
 
-        _internal_kv_put((self._prefix + name).encode(), value.encode(), overwrite=True)
+        key = (self._prefix + name).encode()
+        self._head.ask(lambda: _internal_kv_put(key, value.encode(), overwrite=True))

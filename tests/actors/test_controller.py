@@ -75,8 +75,8 @@ def running(
     cluster.calls = Answering(cluster)
     told: dict[str, float] = {}
     monkeypatch.setenv("RAYMOE_SECRET", "s" * 32)
-    monkeypatch.setattr(module, "Memory", lambda name: Forgetful(cluster))
-    monkeypatch.setattr(module, "RayCluster", lambda: cluster)
+    monkeypatch.setattr(module, "Memory", lambda name, head: Forgetful(cluster))
+    monkeypatch.setattr(module, "RayCluster", lambda head: cluster)
     metrics = RayMetrics("d", lambda kind, name, text, keys: Gauge(name, told))
     monkeypatch.setattr(module, "RayMetrics", lambda name: metrics)
     made = PlacementController(config.model_dump(mode="json"), spec.to_json())

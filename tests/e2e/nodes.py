@@ -1,7 +1,8 @@
 """A Ray cluster of several nodes on this machine, as a child process that is told what to do.
 
 Run as a program it starts a head and one node of each kind named on its command line, prints the
-cluster's address, and then obeys its standard input: `kill KIND` ends that node with SIGKILL.
+cluster's address, and then obeys its standard input: `kill KIND` ends that node with SIGKILL,
+`down` the head's GCS, `up` starts it anew from what it kept on disk (Ray's RocksDB storage).
 Everything ends when its input does.
 """
 
@@ -12,6 +13,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -44,6 +47,8 @@ class Nodes:
                 "RAY_health_check_period_ms": "500",
                 "RAY_health_check_timeout_ms": "5000",
                 "RAY_health_check_failure_threshold": "6",
+                "RAY_gcs_storage": "rocksdb",
+                "RAY_gcs_storage_path": str(Path(self._folder) / "gcs"),
             },
         )
         self.address = self._answer()
@@ -51,6 +56,16 @@ class Nodes:
     def kill(self, kind: str) -> None:
         """SIGKILLs the node's raylet and everything that runs on it."""
         self._tell(f"kill {kind}")
+        assert self._answer() == "done"
+
+    def head_down(self) -> None:
+        """SIGKILLs the cluster's GCS; raylets and workers live on."""
+        self._tell("down")
+        assert self._answer() == "done"
+
+    def head_up(self) -> None:
+        """Starts it again, with its state of before, at the same address."""
+        self._tell("up")
         assert self._answer() == "done"
 
     def __enter__(self) -> Nodes:
@@ -99,16 +114,24 @@ def main(folder: str, *kinds: str) -> None:
     }
     print("raymoe-nodes:", cluster.address, flush=True)
     for line in sys.stdin:
-        _, kind = line.split()
-        node = nodes.pop(kind)
-        raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-        workers = raylet.children(recursive=True)
-        cluster.remove_node(node, allow_graceful=False)
-        for process in workers:
-            if process.is_running():
-                process.kill()
+        order, *kinds_named = line.split()
+        if order == "down":
+            cluster.head_node.kill_gcs_server()
+        elif order == "up":
+            cluster.head_node.start_gcs_server()
+        else:
+            _kill(cluster, nodes.pop(kinds_named[0]))
         print("raymoe-nodes: done", flush=True)
     cluster.shutdown()
+
+
+def _kill(cluster: Any, node: Any) -> None:
+    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+    workers = raylet.children(recursive=True)
+    cluster.remove_node(node, allow_graceful=False)
+    for process in workers:
+        if process.is_running():
+            process.kill()
 
 
 if __name__ == "__main__":
