@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,7 +70,9 @@ def measure_speed(
 ) -> GroupSpeed:
     """Time made-up experts of a layer's shape on this device, for about `seconds`.
 
-    Holds at most 4 replicas for that long, so that a group can be timed before it holds any.
+    Holds at most 4 replicas for that long, so that a group can be timed before it holds any. On a
+    CPU by the thread's own time: groups that start together have to share the cores while they
+    measure, and what each gets of them by then says nothing of its speed.
     """
     experts = min(4, spec.layer_specs[layer].experts)
     shard = ExpertShard(spec, sum(spec.expert_bytes) * spec.experts, device, dtype)
@@ -81,10 +83,11 @@ def measure_speed(
     samples: list[tuple[int, int, float]] = []
     for active, each in shapes:  # the first of each shape warms up
         _time_once(shard, layer, active, each, generator)
-    started = time.perf_counter()
-    while time.perf_counter() - started < seconds or len(samples) < len(shapes):
+    clock = time.thread_time if torch.device(device).type == "cpu" else time.perf_counter
+    started = clock()
+    while clock() - started < seconds or len(samples) < len(shapes):
         for active, each in shapes:
-            took = _time_once(shard, layer, active, each, generator) * slowdown
+            took = _time_once(shard, layer, active, each, generator, clock) * slowdown
             samples.append((active * each, active, took))
     return _fit_medians(samples)
 
@@ -113,7 +116,12 @@ def _random_record(spec: ModelSpec, layer: int, generator: torch.Generator) -> E
 
 
 def _time_once(
-    shard: ExpertShard, layer: int, active: int, each: int, generator: torch.Generator
+    shard: ExpertShard,
+    layer: int,
+    active: int,
+    each: int,
+    generator: torch.Generator,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> float:
     hidden = shard.spec.hidden
     x = torch.randn(each, hidden, generator=generator)
@@ -122,7 +130,7 @@ def _time_once(
     out = torch.empty(each, hidden)
     ids = torch.arange(active, dtype=torch.int32)
     counts = torch.full((active,), each, dtype=torch.int32)
-    started = time.perf_counter()
+    started = clock()
     missing = shard.compute(layer, x, ids, counts, token_of_pair, weights, out)
     assert not missing
-    return time.perf_counter() - started
+    return clock() - started

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -411,6 +412,19 @@ def test_measured_speed_is_positive_and_slowdown_shows(
     assert speed.pairs_per_s > 0
     assert speed.alpha_s >= 0 and speed.gamma_s >= 0
     assert not group.report().resident.any()  # nothing was left behind
+
+
+def test_time_that_others_had_the_core_is_not_measured(
+    spec: ModelSpec, make: Callable[..., GroupRuntime], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute = ExpertShard.compute
+
+    def off_the_core(*arguments: Any) -> list[int]:
+        time.sleep(0.02)
+        return compute(*arguments)
+
+    monkeypatch.setattr(ExpertShard, "compute", off_the_core)
+    assert make("a").measure_speed(seconds=0).seconds(8, 2) < 0.01
 
 
 def test_fit_finds_the_terms_it_was_made_of() -> None:
