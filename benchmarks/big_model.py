@@ -74,7 +74,9 @@ def main() -> None:
         index |= dict.fromkeys(experts, shard)
     save_file(dense, args.folder / "dense.safetensors")
     index |= dict.fromkeys(dense, "dense.safetensors")
-    (args.folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    stored = sum(path.stat().st_size for path in args.folder.glob("*.safetensors"))
+    whole = {"metadata": {"total_size": stored}, "weight_map": index}
+    (args.folder / "model.safetensors.index.json").write_text(json.dumps(whole))
     prompts = {
         domain: _walk(at, vocabulary, torch.Generator().manual_seed(at))[:512].tolist()
         for at, domain in enumerate(_DOMAINS)

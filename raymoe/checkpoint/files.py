@@ -54,9 +54,15 @@ class WeightFiles:
         index = self.path / INDEX
         if index.exists():
             try:
-                return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+                read = json.loads(index.read_text(encoding="utf-8"))
+                file_of_key = dict(read["weight_map"])
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise CheckpointError(f"{index} cannot be read: {error!r}") from None
+            if not isinstance(read.get("metadata"), dict):  # without it transformers loads nothing
+                raise CheckpointError(
+                    f'{index} has no "metadata": add {{"total_size": BYTES}} beside "weight_map"'
+                )
+            return file_of_key
         if (self.path / SINGLE).exists():
             return dict.fromkeys(self._file(SINGLE).keys(), SINGLE)
         if any(self.path.glob("*.bin")) or any(self.path.glob("*.pt")):

@@ -148,6 +148,14 @@ def test_index_that_promises_what_its_file_lacks(copy: Path) -> None:
         read_spec(copy)
 
 
+def test_index_without_metadata(copy: Path) -> None:
+    index = json.loads((copy / INDEX).read_text())
+    del index["metadata"]  # the Serve application would fail with KeyError: 'metadata'
+    (copy / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r'index\.json has no "metadata": add'):
+        read_spec(copy)
+
+
 def test_index_that_is_not_json(copy: Path) -> None:
     (copy / INDEX).write_text("[]")
     with pytest.raises(CheckpointError, match=r"index\.json cannot be read"):
