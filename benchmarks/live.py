@@ -6,6 +6,7 @@ The client is a few lines of asyncio on plain sockets: it must not take the core
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import yaml
 
 from raymoe.checkpoint.reader import read_spec
@@ -53,12 +55,13 @@ class Server:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.log.append(line.rstrip())
-            if line.startswith("ready:"):
-                return
-        raise RuntimeError("raymoe serve did not come up:\n" + "\n".join(self.log))
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        while not any(line.startswith("ready:") for line in self.log):
+            if self.process.poll() is not None:
+                self._reader.join(5)
+                raise RuntimeError("raymoe serve did not come up:\n" + "\n".join(self.log))
+            time.sleep(0.05)
 
     def __enter__(self) -> Server:
         return self
@@ -66,10 +69,16 @@ class Server:
     def __exit__(self, *_: object) -> None:
         self.process.send_signal(signal.SIGTERM)
         try:
-            self.process.communicate(timeout=60)
+            self.process.wait(timeout=60)
         except subprocess.TimeoutExpired:
             self.process.kill()
         self._folder.cleanup()
+
+    def _read(self) -> None:
+        """All that it prints, to its end: a full pipe would stop it."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.log.append(line.rstrip())
 
     def get(self, path: str) -> Any:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=30) as answer:
@@ -88,23 +97,41 @@ class Server:
         """Rows of the status by id."""
         return {g["id"]: g for g in self.get("/status")["groups"]}
 
-    def wait(self, what: Callable[[], bool], limit_s: float = 120.0) -> float:
-        """Seconds until it came true; raises when it does not."""
+    def wait(
+        self, what: Callable[[], bool], limit_s: float = 120.0, pause_s: float = 0.05
+    ) -> float:
+        """Seconds until it came true; raises when it does not. Each look takes CPU time too."""
         started = time.monotonic()
         while not what():
             if time.monotonic() - started > limit_s:
                 raise TimeoutError(f"not within {limit_s} s: {self.get('/status')}")
-            time.sleep(0.05)
+            time.sleep(pause_s)
         return time.monotonic() - started
 
     def kill(self, group_id: str) -> None:
         os.kill(self.groups()[group_id]["pid"], signal.SIGKILL)
+
+    def tree(self) -> list[psutil.Process]:
+        """All processes of the deployment."""
+        root = psutil.Process(self.process.pid)
+        return [root, *root.children(recursive=True)]
+
+    def group_processes(self) -> set[int]:
+        """Ray's processes that are, or are about to be, expert groups."""
+        found = set()
+        for process in self.tree():
+            with contextlib.suppress(psutil.Error):
+                line = " ".join(process.cmdline())
+                if "ExpertGroup" in line or "default_worker.py" in line:
+                    found.add(process.pid)
+        return found
 
 
 @dataclass
 class Stream:
     """Arrival times (monotonic seconds) of the chunks of one request."""
 
+    asked: float = field(default_factory=time.monotonic)  # when it was sent
     times: list[float] = field(default_factory=list)
     failed: str = ""
 
@@ -145,6 +172,18 @@ class Load:
             inside = (times[1:] >= since) & (times[:-1] <= until)
             gaps.append(np.diff(times)[inside])
         return np.concatenate(gaps) if gaps else np.zeros(0)
+
+    def resumed(self, at: float, within_s: float) -> list[float]:
+        """Seconds from `at` until each stream then open had its next token, or, where a longer
+        pause began within `within_s`, the token that ended it."""
+        found = []
+        for stream in list(self.done):
+            times = np.array([stream.asked, *stream.times])
+            inside = np.flatnonzero((times[1:] > at) & (times[:-1] <= at + within_s))
+            if stream.asked <= at and len(inside):
+                longest = inside[np.argmax(np.diff(times)[inside])]
+                found.append(float(times[longest + 1] - at))
+        return found
 
     def rate(self, since: float, until: float) -> float:
         """Tokens/s of all streams in the time span (a chunk a token)."""
@@ -206,7 +245,7 @@ class Load:
                 ended = True
             elif line.startswith(b"data: "):
                 stream.times.append(time.monotonic())
-                if b'"error"' in line:
+                if line.startswith(b'data: {"error"'):
                     stream.failed = line.decode().strip()
         writer.close()
         if not ended and not stream.failed:

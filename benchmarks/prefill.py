@@ -8,6 +8,10 @@ prefill, and the prefill's time to first token alone and beside them. Medians ov
 longest gap of all turns. MODEL must hold the prompt (the demo model's context is 2,048 tokens;
 `benchmarks.random_checkpoint` makes one with 8,192).
 
+With `--routers 2` half of the streams decode on the router that computes the prompt and half on the
+other; the rows tell them apart. The gateway gives requests to the routers in turns, so the first
+stream and the prompt after an even number of streams share one.
+
 `--in-process`: the engine alone, experts in this process, in CPU time (other work on the machine
 does not count): milliseconds of a step without and beside the prefill, and whether every decoding
 stream got a token in every step.
@@ -43,10 +47,12 @@ async def beside(
     server: Server, prompts: list[list[int]], long: list[int]
 ) -> tuple[list[Streamed], float, float]:
     """The decoding streams, and from when to when the long prompt was computed."""
-    decoding = [
-        asyncio.create_task(stream_one(server.port, server.model, prompt, _DECODE_TOKENS))
-        for prompt in prompts
-    ]
+    decoding = []
+    for prompt in prompts:
+        decoding.append(
+            asyncio.create_task(stream_one(server.port, server.model, prompt, _DECODE_TOKENS))
+        )
+        await asyncio.sleep(0.05)  # so that they arrive in this order
     await asyncio.sleep(_BEFORE_S)
     began_s = time.perf_counter()
     await stream_one(server.port, server.model, long, 1)
@@ -67,11 +73,10 @@ def gaps_of(
     return apart, during
 
 
-def measure(server: Server, count: int, args: argparse.Namespace, vocab: int) -> Row:
-    """One row: `count` decoding streams."""
+def measure(server: Server, count: int, args: argparse.Namespace, vocab: int) -> list[Row]:
+    """A row for each router: `count` decoding streams."""
     rng = np.random.default_rng(count)
-    apart: list[float] = []
-    during: list[float] = []
+    found: list[tuple[list[float], list[float]]] = [([], []) for _ in range(args.routers)]
     alone_s, beside_s = [], []
     for _ in range(args.turns):
         lone = rng.integers(16, vocab, args.prompt_tokens).tolist()
@@ -82,16 +87,29 @@ def measure(server: Server, count: int, args: argparse.Namespace, vocab: int) ->
         long = rng.integers(16, vocab, args.prompt_tokens).tolist()
         streams, began_s, ended_s = asyncio.run(beside(server, prompts, long))
         beside_s.append(ended_s - began_s)
-        for into, found in zip((apart, during), gaps_of(streams, began_s, ended_s), strict=True):
-            into.extend(found)
-    return {
-        "decoding": count,
-        "gap_p50_ms": 1e3 * statistics.median(apart),
-        "gap_p50_beside_ms": 1e3 * statistics.median(during),
-        "gap_max_beside_ms": 1e3 * max(during),
-        "prefill_alone_s": statistics.median(alone_s),
-        "prefill_beside_s": statistics.median(beside_s),
-    }
+        for router, into in enumerate(found):
+            gaps = gaps_of(streams[router :: args.routers], began_s, ended_s)
+            for part, more in zip(into, gaps, strict=True):
+                part.extend(more)
+    return [
+        {
+            "decoding": count,
+            "router": "the prompt's" if router == 0 else "another",
+            "gap_p50_ms": _ms(apart, 50),
+            "gap_p99_ms": _ms(apart, 99),
+            "gap_p50_beside_ms": _ms(during, 50),
+            "gap_p99_beside_ms": _ms(during, 99),
+            "gap_max_beside_ms": _ms(during, 100),
+            "p99_ratio": _ms(during, 99) / _ms(apart, 99),
+            "prefill_alone_s": statistics.median(alone_s),
+            "prefill_beside_s": statistics.median(beside_s),
+        }
+        for router, (apart, during) in enumerate(found)
+    ]
+
+
+def _ms(gaps_s: list[float], part: float) -> float:
+    return 1e3 * float(np.percentile(gaps_s, part)) if gaps_s else float("nan")
 
 
 def measure_engine(engine: Engine, count: int, args: argparse.Namespace, vocab: int) -> Row:
@@ -151,6 +169,8 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--in-process", action="store_true", help="the engine alone, CPU time")
     args = parser.parse_args()
+    if not args.in_process and args.routers > 1 and any(n % args.routers for n in args.decoding):
+        parser.error("--decoding: as many streams for each router, e.g. 2 or 8 with two of them")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server ends too
     vocab = json.loads((Path(args.model) / "config.json").read_text())["vocab_size"]
     if args.in_process:
@@ -160,7 +180,7 @@ def main() -> None:
     else:
         server = Server(args.model, args.groups, args.routers, args.config)
         try:
-            rows = [measure(server, count, args, vocab) for count in args.decoding]
+            rows = [row for n in args.decoding for row in measure(server, n, args, vocab)]
         finally:
             server.stop()
     print(table(list(rows[0]), [list(row.values()) for row in rows]))

@@ -189,6 +189,7 @@ ROLES = (
     ("ray::ServeReplica:raymoe:Router", "router"),
     ("ray::ServeReplica:raymoe:Gateway", "gateway (HTTP)"),
     ("ray::ExpertGroup", "expert groups"),
+    ("ray::GentleExpertGroup", "expert groups"),
     ("ray::PlacementController", "placement controller"),
     ("haproxy", "HAProxy"),
 )

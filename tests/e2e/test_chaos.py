@@ -141,7 +141,7 @@ def group_processes(deployment: Deployment) -> set[int]:
     found = set()
     for process in deployment.tree():
         with contextlib.suppress(psutil.Error):
-            if "ray::ExpertGroup" in " ".join(process.cmdline()):
+            if "ExpertGroup" in " ".join(process.cmdline()):
                 found.add(process.pid)
     return found
 
