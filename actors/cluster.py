@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from functools import partial
 from typing import Any
 
 import psutil
@@ -13,34 +14,42 @@ from ray.actor import ActorHandle
 
 from actors.expert_group import ExpertGroup
 from actors.fleet import Calls
+from actors.gentle_group import GentleExpertGroup
+from actors.head import Head
 from actors.spawn import draining_nodes, find, is_pending, names_alive, spawn
 
 
 class RayCluster:
     """Group actors by name: started, found, ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, head: Head) -> None:
         self.calls = Calls()
+        self._head = head
 
     def names_alive(self) -> set[str]:
         """Names of all our actors that run."""
-        return names_alive()
+        return self._head.ask(names_alive)
 
     def find(self, name: str) -> ActorHandle:
         """A running actor; raises `ValueError` when there is none."""
-        return find(name)
+        return self._head.ask(partial(find, name))
 
-    def start_group(self, name: str, options: dict[str, Any], **arguments: Any) -> ActorHandle:
-        """A new expert group, or the one that has the name already."""
-        return spawn(ExpertGroup, name, options, **arguments)
+    def start_group(
+        self, name: str, options: dict[str, Any], gentle: bool, **arguments: Any
+    ) -> ActorHandle:
+        """A new expert group, or the one that has the name already. `gentle`: others serve all
+        experts, and are to keep their cores meanwhile."""
+        plain = GentleExpertGroup if gentle else ExpertGroup
+        # one that comes up after all has been given up: another life has its place
+        return self._head.ask(partial(spawn, plain, name, options, **arguments), ray.kill)
 
     def is_pending(self, actor: ActorHandle) -> bool:
         """Ray has not found a place for it yet."""
-        return is_pending(actor)
+        return self._head.ask(partial(is_pending, actor))
 
     def draining_nodes(self) -> set[str]:
         """Ids of nodes that are about to go."""
-        return draining_nodes()
+        return self._head.ask(draining_nodes)
 
     def kill(self, actor: ActorHandle) -> None:
         """Ends it; not restarted."""

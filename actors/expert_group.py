@@ -9,11 +9,13 @@ import logging
 import os
 import threading
 import time
+from functools import partial
 from typing import Any
 
 import ray
 import torch
 
+from actors.gently import gently
 from actors.lease import Lease
 from raymoe.checkpoint.record import check_files, close_files
 from raymoe.checkpoint.spec import ModelSpec
@@ -22,6 +24,7 @@ from raymoe.errors import ConfigError, LinkError, PeerLost
 from raymoe.experts.devices import check_device
 from raymoe.experts.shard import ExpertShard
 from raymoe.group import GroupRuntime
+from raymoe.heap import give_back
 from raymoe.identity import identity_of
 from raymoe.links.link import SlotTerms
 from raymoe.links.server import ServerConfig
@@ -37,6 +40,8 @@ class ExpertGroup:
     Calls through Ray are control only; tokens come over links of the group's own.
     """
 
+    _gentle = False  # kernels are chosen at low priority (actors/gentle_group.py)
+
     def __init__(
         self,
         *,
@@ -47,7 +52,9 @@ class ExpertGroup:
         memory_bytes: int,
         device: str,
         slowdown: float,
+        speed: float = 0.0,
     ) -> None:
+        """`speed`: pairs/s that an earlier life measured; 0: measured now."""
         torch.set_num_threads(1)
         checked = DeploymentConfig.model_validate(config)
         self._term = 0  # of the newest controller heard of
@@ -59,19 +66,24 @@ class ExpertGroup:
         check_files(spec)  # this node's copy must be the checkpoint the others serve
         self._ended = threading.Event()
         self._node, address = _where()
+        dtype = getattr(torch, spec.compute_dtype)
+        make = partial(ExpertShard, spec, memory_bytes, device, dtype)
+        # timed by the CPU clock there; another device's driver has threads of its own to start
+        shard = gently(make) if self._gentle and device == "cpu" else make()
         self._runtime = GroupRuntime(
             spec,
             group_id,
             incarnation,
-            ExpertShard(spec, memory_bytes, device, getattr(torch, spec.compute_dtype)),
+            shard,
             identity_of(checked, spec),
             read_secret(checked),
             slowdown,
             node=self._node,
             config=server_config(checked, address),
         )
-        # once, before there is traffic to be held up or to bend the figure
-        self._speed = 64 / self._runtime.measure_speed().seconds(64, 8)
+        # Once, before there is traffic to be held up or to bend the figure; a later life starts
+        # beside those that serve, and traffic tells how fast it is.
+        self._speed = speed or 64 / self._runtime.measure_speed().seconds(64, 8)
         log.info("up, %.3g pairs/s, for %d bytes of experts", self._speed, memory_bytes)
         self._lease = Lease(checked.placement.orphan_ttl_s, _end_process)
 
@@ -132,6 +144,7 @@ class ExpertGroup:
                 failed.append((layer, expert, str(e)))
                 lost = str(e) if isinstance(e, LinkError) else ""
         close_files()  # their pages would count as this process's memory
+        give_back()
         origin = "the checkpoint" if endpoint is None else endpoint.id
         log.info("%d of %d replicas brought from %s", len(pairs) - len(failed), len(pairs), origin)
         return {"resident_bytes": self._runtime.shard.resident_bytes, "failed": failed}
@@ -153,6 +166,7 @@ class ExpertGroup:
         self._obey(term)
         for layer, expert in pairs:
             self._runtime.drop(layer, expert)
+        give_back()
         return {"resident_bytes": self._runtime.shard.resident_bytes, "failed": []}
 
     def set_slowdown(self, factor: float) -> None:

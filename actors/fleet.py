@@ -61,6 +61,7 @@ class LiveGroup:
     looked_s: float = -math.inf  # when it was last looked whether it is pending
     heard_s: float = field(default_factory=time.monotonic)
     gone_since_s: float | None = None  # since when it has not been up
+    given_up: bool = False  # away for too long: no part of the fleet until it is up again
     retry_at_s: float | None = None  # when the next life is to start
     bringing: bool = False  # loads are under way
     dropping: bool = False  # drops are under way

@@ -19,7 +19,10 @@ from actors.cluster import RayCluster
 from actors.fleet import DRAINED, LOADING, LOST, PENDING, READY, STARTING, LiveGroup, reason
 from actors.intent import Intent
 from actors.spawn import group_name
-from raymoe.budget import memory_bytes
+from actors.starting import spec_of
+from placement.errors import PlacementError
+from placement.initial import place_at_start
+from raymoe.budget import fleet_of, memory_bytes
 from raymoe.checkpoint.spec import ModelSpec
 from raymoe.config import DeploymentConfig
 from raymoe.table import GroupEndpoint
@@ -209,7 +212,18 @@ class GroupKeeper:
             memory_bytes=group.memory_bytes,
             device=kind.device,
             slowdown=kind.slowdown,
+            speed=group.pairs_per_s,
+            gentle=group.was_up and self._others_can_serve(),
         )
+
+    def _others_can_serve(self) -> bool:
+        """The groups that are up have room for every expert, whether they hold them or not."""
+        up = tuple(spec_of(group) for group in self.groups.values() if group.up)
+        try:
+            place_at_start(fleet_of(self._config, self._spec, up))
+        except PlacementError:
+            return False
+        return True
 
     @staticmethod
     def _clear(group: LiveGroup) -> None:
@@ -249,6 +263,7 @@ class GroupKeeper:
             group.resident_bytes = answer["resident_bytes"]
             group.heard_s, group.gone_since_s = self._clock(), None
             group.state, group.was_up, group.last_error = LOADING, True, ""
+            group.given_up = False
             self.changes += 1
 
     def _on_ended(self, group: LiveGroup, life: int, error: Exception | None) -> None:

@@ -18,7 +18,7 @@ from actors.hands import Hands
 from actors.history import History
 from actors.keeper import GroupKeeper
 from actors.memory import Memory
-from actors.observe import counted, live_fleet, self_measured, snapshot_of
+from actors.observe import counted, give_up, live_fleet, self_measured, snapshot_of
 from actors.publisher import Publisher
 from actors.settings import autoscaler, reconcile_config
 from actors.speeds import SpeedBook
@@ -145,7 +145,12 @@ class ControlLoop:
 
     def _observe(self, now: float) -> Snapshot | None:
         config = self._config
-        groups = counted(self.groups.values(), config.placement.restore_s, now)
+        place = config.placement
+        # What nobody serves is restored soon; further copies can wait for the group to come back,
+        # instead of being made elsewhere and then made again when it is there.
+        wait_s = max(place.restore_s, place.return_s) if self._all_served() else place.restore_s
+        give_up(self.groups.values(), wait_s, now)
+        groups = counted(self.groups.values())
         if not groups:
             return None
         kinds = {group.id: group.kind.kind for group in groups}

@@ -20,9 +20,16 @@ from raymoe.config import DeploymentConfig
 _SAME_SPEED = 0.25  # speeds measured at start this close to the fastest's are taken for equal
 
 
-def counted(groups: Iterable[LiveGroup], restore_s: float, now: float) -> list[LiveGroup]:
+def give_up(groups: Iterable[LiveGroup], patience_s: float, now: float) -> None:
+    """Marks those that have been away for longer: plans do without them until they are up."""
+    for group in groups:
+        away_s = 0.0 if group.gone_since_s is None else now - group.gone_since_s
+        group.given_up = not group.up and (group.given_up or away_s > patience_s)
+
+
+def counted(groups: Iterable[LiveGroup]) -> list[LiveGroup]:
     """Groups that are part of the fleet: those that are up, and those that were and have not been
-    away for `restore_s` yet."""
+    given up."""
     return [
         group
         for group in groups
@@ -32,7 +39,7 @@ def counted(groups: Iterable[LiveGroup], restore_s: float, now: float) -> list[L
             and not group.draining
             and group.state in (LOST, STARTING)
             and group.gone_since_s is not None
-            and now - group.gone_since_s <= restore_s
+            and not group.given_up
         )
     ]
 

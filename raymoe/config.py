@@ -269,7 +269,13 @@ class PlacementConfig(_Checked):
         10.0, gt=0, description="a group that does not answer for so long is ended and replaced"
     )
     restore_s: float = Field(
-        0.5, ge=0, description="a group away for so long has its experts restored in others"
+        0.1, ge=0, description="a group away for so long has its experts restored in others"
+    )
+    return_s: float = Field(
+        60.0,
+        ge=0,
+        description="the same, when all of them have other replicas that serve: these copies wait "
+        "for the group to be back",
     )
     ack_limit_s: float = Field(
         30.0,

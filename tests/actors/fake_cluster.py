@@ -58,9 +58,10 @@ class Process:
 
     def __init__(self, spec: ModelSpec, name: str, arguments: dict[str, Any], node: str) -> None:
         self.name, self.id, self.node = name, arguments["group_id"], node
-        self.incarnation = arguments["incarnation"]
+        self.incarnation, self.told_speed = arguments["incarnation"], arguments["speed"]
         self.resident = np.zeros((spec.layers, spec.experts), np.bool_)
         self.alive, self.frozen, self.placed = True, False, True
+        self.gentle = False
         self.slow_loads = False  # loads wait until this is over
         self.broken_sources: set[str] = set()
         self.term = 0
@@ -183,10 +184,13 @@ class FakeCluster(RayCluster):
             raise ValueError(name)
         return self.processes[name]
 
-    def start_group(self, name: str, options: dict[str, Any], **arguments: Any) -> Any:
+    def start_group(
+        self, name: str, options: dict[str, Any], gentle: bool, **arguments: Any
+    ) -> Any:
         self._ask_head()
         self.nodes += 1
         process = Process(self.spec, name, arguments, f"node-{self.nodes}")
+        process.gentle = gentle
         process.placed = not self.full
         self.processes[name] = process
         return process

@@ -73,6 +73,21 @@ def load(group: ExpertGroup, pairs: list[tuple[int, int]]) -> int:
     return int(answer["resident_bytes"])
 
 
+def test_a_later_life_is_not_measured_again(model: ModelSpec, settings: dict[str, Any]) -> None:
+    group = ExpertGroup(
+        group_id="g0",
+        incarnation=2,
+        config=settings,
+        spec_json=model.to_json(),
+        memory_bytes=6 * max(model.expert_bytes),
+        device="cpu",
+        slowdown=1.0,
+        speed=123.0,
+    )
+    assert group.describe()["speed"] == 123.0
+    group.close()
+
+
 def test_load_copy_drop(groups: list[ExpertGroup], model: ModelSpec) -> None:
     first, second = groups
     size = model.expert_bytes[0]

@@ -86,6 +86,52 @@ def test_experts_of_a_group_that_stays_away_are_lent_and_given_back(tmp_path: Pa
     assert w.served() and (w.cluster.of("g0").resident == home).all()
 
 
+def test_further_copies_wait_for_a_group_to_be_back(tmp_path: Path) -> None:
+    w = world(tmp_path, groups=3, copies=2, restore_s=0.5, return_s=20, live=False)
+    w.turns()
+    home = w.cluster.of("g1").resident.copy()
+    others = [w.cluster.of(g) for g in ("g0", "g2")]
+    before = [len(p.brought) for p in others]
+    assert w.cluster.of("g1").told_speed == 0.0, "it measures itself"
+    w.cluster.full = True
+    w.cluster.of("g1").die()
+    w.turns(40)  # 10 s
+    assert w.served() and [len(p.brought) for p in others] == before, "nothing is copied meanwhile"
+    w.cluster.full = False
+    w.cluster.of("g1").placed = True
+    w.turns(40)
+    assert (w.cluster.of("g1").resident == home).all()
+    assert [len(p.brought) for p in others] == before
+    assert w.cluster.of("g1").told_speed == 1.0, "as its earlier life said: not measured again"
+    assert w.cluster.of("g1").gentle and not w.cluster.of("g0").gentle
+
+
+def test_further_copies_are_made_elsewhere_when_a_group_stays_away(tmp_path: Path) -> None:
+    w = world(tmp_path, groups=3, copies=2, restore_s=0.5, return_s=20, live=False)
+    w.turns()
+    w.cluster.full = True
+    w.cluster.of("g1").die()
+    w.turns(120)  # 30 s
+    living = [w.cluster.of(g).resident for g in ("g0", "g2")]
+    assert int(sum(held.sum() for held in living)) == 2 * 7
+    w.turns(400)
+    assert w.loop.groups["g1"].given_up, "and it is not waited for again, now that all is served"
+
+
+def test_what_nobody_serves_is_not_waited_for(tmp_path: Path) -> None:
+    w = world(tmp_path, groups=4, copies=2, restore_s=0.5, return_s=1000, live=False)
+    w.turns()
+    table = w.control.tables[-1].table
+    pair = next(  # two groups that hold the only copies of some expert
+        table.resident[la, e].nonzero()[0] for la, e in np.argwhere(table.resident.sum(2) == 2)
+    )
+    w.cluster.full = True
+    for g in pair:
+        w.cluster.of(table.group_ids[g]).die()
+    w.turns(20)
+    assert w.served(), "the rest has loaded them, from the checkpoint"
+
+
 def test_what_survivors_cannot_hold_is_said_by_bytes_until_memory_is_back(tmp_path: Path) -> None:
     w = world(tmp_path, slots=4)
     w.turns()
@@ -100,6 +146,7 @@ def test_what_survivors_cannot_hold_is_said_by_bytes_until_memory_is_back(tmp_pa
     assert (w.cluster.of("g0").resident == kept).all(), "what is there serves on"
     table = w.control.tables[-1].table
     assert table.resident.any(2).sum() == 4
+    assert not w.cluster.of("g1").gentle, "requests wait for it"
     w.cluster.full = False
     w.cluster.of("g1").placed = True
     w.turns(60)

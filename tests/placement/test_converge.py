@@ -232,3 +232,37 @@ def test_a_new_table_when_speeds_change_but_not_for_noise():
     for speed, publishes in ((1.02, 0), (0.7, 1)):
         world.spec = replace(spec, groups=(replace(spec.groups[0], speed=speed), spec.groups[1]))
         assert len(converger.step(world.snapshot(), target, 9.0)) == publishes
+
+
+def test_what_others_serve_is_copied_after_what_nobody_does():
+    spec = fleet(3, layers=1, slots=4)
+    ready = np.zeros((1, 4, 3), np.bool_)
+    ready[0, :2, 0] = True  # experts 2 and 3 have died with a group
+    goal = ready.copy()
+    goal[0, :, 1] = True
+    goal[0, 1, 2] = True
+    target = Placement(resident=goal, share=goal / np.maximum(goal.sum(2, keepdims=True), 1))
+    converger = Converger(term=1)
+    snapshot = Snapshot(
+        fleet=spec, ready=ready, loading=np.zeros_like(ready), table=None, drained=0
+    )
+
+    def loads():
+        return {
+            (a.expert, a.group)
+            for a in converger.step(snapshot, target, 0.0)
+            if isinstance(a, Load)
+        }
+
+    first = {(2, spec.ids[1]), (3, spec.ids[1])}
+    assert loads() == first
+    snapshot.loading[0, 2:, 1] = True
+    assert loads() == set(), "what is on its way is waited for"
+    snapshot.loading[:] = False
+    snapshot.ready[0, 2, 1] = True
+    converger.load_failed((0, 3, spec.ids[1]), 0.0)
+    assert loads() == {(0, spec.ids[1]), (1, spec.ids[1]), (1, spec.ids[2])}, (
+        "until it is tried again"
+    )
+    snapshot.ready[0, 3, 1] = True
+    assert loads() == {(0, spec.ids[1]), (1, spec.ids[1]), (1, spec.ids[2])}
