@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import threading
 import time
 from functools import partial
@@ -32,6 +33,8 @@ from raymoe.logs import configure
 from raymoe.table import GroupEndpoint
 
 log = logging.getLogger("raymoe.expert_group")
+_STAGGER_S = 0.3
+_REST = 3.0  # a copy that nobody waits for takes a quarter of a core at most
 
 
 class ExpertGroup:
@@ -133,6 +136,10 @@ class ExpertGroup:
         """
         self._obey(term)
         endpoint = None if source is None else GroupEndpoint.from_dict(source)
+        if limit_bytes_per_s is not None:
+            # groups that are asked at once would all lay experts out at the same moments
+            first = self._runtime.spec.expert_bytes[pairs[0][0]] if pairs else 0
+            self._ended.wait(random.random() * min(first / limit_bytes_per_s, _STAGGER_S))
         failed: list[tuple[int, int, str]] = []
         lost = ""
         for layer, expert in pairs:
@@ -152,14 +159,21 @@ class ExpertGroup:
     def _bring_one(
         self, layer: int, expert: int, source: GroupEndpoint | None, limit: float | None
     ) -> None:
+        shard = self._runtime.shard
+        before, started_s, used_s = shard.resident_bytes, time.monotonic(), time.thread_time()
         if source is not None:
             self._runtime.add_from_peer(layer, expert, source, limit_bytes_per_s=limit)
+        else:
+            self._runtime.add_from_checkpoint(layer, expert)
+        if limit is None:
             return
-        before, started_s = self._runtime.shard.resident_bytes, time.monotonic()
-        self._runtime.add_from_checkpoint(layer, expert)
-        if limit is not None:
-            loaded = self._runtime.shard.resident_bytes - before
-            self._ended.wait(max(loaded / limit - (time.monotonic() - started_s), 0.0))
+        rest_s = 0.0
+        if source is None:  # a peer's bytes were counted as they came
+            loaded = shard.resident_bytes - before
+            rest_s = loaded / limit - (time.monotonic() - started_s)
+        if torch.device(shard.device).type == "cpu":  # these cores compute for requests too
+            rest_s = max(rest_s, _REST * (time.thread_time() - used_s))
+        self._ended.wait(max(rest_s, 0.0))
 
     def drop(self, pairs: list[tuple[int, int]], term: int) -> dict[str, Any]:
         """Frees replicas: {"resident_bytes": then resident, "failed": []}."""

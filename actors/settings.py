@@ -10,12 +10,15 @@ from raymoe.checkpoint.spec import ModelSpec
 from raymoe.config import DeploymentConfig
 
 _CALL_BYTES = 256 << 20  # a group is asked for about so much at a time
+_CALL_S = 1.0  # ... and for no more than copies may bring in so long
 _MOST_LOADS = 32
 
 
 def reconcile_config(config: DeploymentConfig, spec: ModelSpec) -> ReconcileConfig:
     """When and how to plan."""
     place = config.placement
+    # a call is not broken off: what nobody serves waits for the end of one that takes its time
+    call_bytes = min(_CALL_BYTES, _CALL_S * (place.copy_bytes_per_s or _CALL_BYTES / _CALL_S))
     return ReconcileConfig(
         plan=PlanConfig(
             horizon_s=place.horizon_s,
@@ -26,7 +29,7 @@ def reconcile_config(config: DeploymentConfig, spec: ModelSpec) -> ReconcileConf
         plan_every_s=place.plan_interval_s,
         live=place.live,
         copies=place.copies,
-        loads_per_group=max(1, min(_MOST_LOADS, _CALL_BYTES // max(spec.expert_bytes))),
+        loads_per_group=max(1, min(_MOST_LOADS, int(call_bytes) // max(spec.expert_bytes))),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,22 @@ def test_load_copy_drop(groups: list[ExpertGroup], model: ModelSpec) -> None:
     assert resident.tolist() == [[False, False, False, True], [False, False, True, False]]
     assert first.drop([(0, 0)], 1)["resident_bytes"] == 2 * size
     assert first.drop([(0, 0)], 1)["resident_bytes"] == 2 * size, "again changes nothing"
+
+
+def test_a_copy_that_nobody_waits_for_leaves_the_core_to_requests(
+    groups: list[ExpertGroup], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used_s = 0.02
+
+    def busy(layer: int, expert: int) -> None:
+        until = time.thread_time() + used_s
+        while time.thread_time() < until:
+            pass
+
+    monkeypatch.setattr(groups[0]._runtime, "add_from_checkpoint", busy)
+    started = time.monotonic()
+    groups[0].bring([(0, 0), (0, 1), (0, 2)], None, 1e12, 1)
+    assert time.monotonic() - started >= 0.99 * 3 * 4 * used_s, "three parts of four at rest"
 
 
 def test_a_source_that_is_gone_is_given_up_at_once(groups: list[ExpertGroup]) -> None:
