@@ -29,6 +29,7 @@ def reconcile_config(config: DeploymentConfig, spec: ModelSpec) -> ReconcileConf
         plan_every_s=place.plan_interval_s,
         live=place.live,
         copies=place.copies,
+        report_s=place.interval_s / 2,
         loads_per_group=max(1, min(_MOST_LOADS, int(call_bytes) // max(spec.expert_bytes))),
     )
 

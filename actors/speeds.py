@@ -17,7 +17,7 @@ from actors.fleet import Sample
 from placement.fit import Speed, TimeFit
 
 _FEW = 16  # timings of a group before its factor is believed
-_KEEP_LAST = 128  # timings the factor is taken over: some tenths of a second of decoding
+_KEEP_LAST = 256  # timings the factor is taken over: half a second of decoding, or some
 _FIT_MESSAGES = 200  # timings of a kind before its model is believed ...
 _FIT_DONE = 4000  # ... and after so many it stays: what changes then is a group's speed
 _FIT_AT_ONCE = 32  # timings taken in of one report

@@ -40,6 +40,7 @@ class ReconcileConfig:
     min_tokens     pairs a layer must have seen for a window to count
     speed_change   relative change of a group's speed that calls for a plan at once; smaller ones,
                    and single wild measurements, are taken for noise
+    report_s       speeds seen sooner after those of an earlier step are the same report again
     dwell_s        a copy that came or went is left alone for so long, unless something is owed;
                    None: twice plan_every_s
     copies         every expert is kept so many times where memory allows, whatever it gains
@@ -55,6 +56,7 @@ class ReconcileConfig:
     loads_per_group: int = 4
     copies: int = 1
     dwell_s: float | None = None
+    report_s: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 < self.speed_change < 1:
@@ -83,7 +85,7 @@ class Reconciler:
             dwell_s=2 * self.config.plan_every_s if dwell_s is None else dwell_s,
         )
         self.events, self.records = self._target.events, self._target.records
-        self._steady = SteadyFleet(self.config.speed_change)
+        self._steady = SteadyFleet(self.config.speed_change, report_s=self.config.report_s)
         self._elastic = None if autoscaler is None else Elastic(autoscaler)
         self._traffic: Traffic | None = None
         self._fleet: Fleet | None = None
@@ -140,7 +142,7 @@ class Reconciler:
 
     def step(self, snapshot: Snapshot, now: float) -> list[Action]:
         """The next actions. The same snapshot twice gives the same actions."""
-        snapshot = replace(snapshot, fleet=self._steady.follow(snapshot.fleet))
+        snapshot = replace(snapshot, fleet=self._steady.follow(snapshot.fleet, now))
         fresh = self._measure(snapshot)
         pins = self._follow_pins(snapshot)
         trigger = self._follow_fleet(snapshot) or pins

@@ -8,6 +8,7 @@ last few reports are far off (a throttled device). A single wild report changes 
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, field, replace
 
@@ -49,9 +50,17 @@ def _off(value: float, accepted: float) -> float:
 class SteadyFleet:
     """`follow(measured)` gives the fleet to plan with: accepted speeds, all else as measured."""
 
-    def __init__(self, speed_band: float = 0.1, cost_band: float = 0.4, jump: float = 0.3) -> None:
+    def __init__(
+        self,
+        speed_band: float = 0.1,
+        cost_band: float = 0.4,
+        jump: float = 0.3,
+        report_s: float = 0.0,
+    ) -> None:
         """Parts of the larger of two values: bands of the speed and of alpha_s and gamma_s
-        (wide, as a fit trades one for the other), and a jump of the speed."""
+        (wide, as a fit trades one for the other), and a jump of the speed. What is seen within
+        `report_s` of a report is the same report again."""
+        self._report_s = report_s
         self._rules = {
             "speed": (speed_band, jump),
             "alpha_s": (cost_band, None),
@@ -60,9 +69,11 @@ class SteadyFleet:
         self._tracks: dict[str, dict[str, _Track]] = {}
         self._tokens_per_s = 1.0
         self._fleet: Fleet | None = None
+        self._reported_s = -math.inf
 
-    def follow(self, measured: Fleet) -> Fleet:
-        """Every call is a report, also when it repeats the last one's numbers.
+    def follow(self, measured: Fleet, now: float = 0.0) -> Fleet:
+        """Every call is a report, also when it repeats the last one's numbers, but for those within
+        `report_s` of one. now: seconds of any clock.
 
         The same object comes back while nothing changed. New groups are taken as they are. Rates
         are followed in pairs/s, so that it does not matter by what speeds are scaled.
@@ -71,20 +82,23 @@ class SteadyFleet:
             self._tokens_per_s = measured.tokens_per_s
         self._tracks = {g.id: self._tracks.get(g.id, {}) for g in measured.groups}
         scale = measured.tokens_per_s / self._tokens_per_s
-        groups = tuple(self._steady(g, scale) for g in measured.groups)
+        fresh = now - self._reported_s >= self._report_s
+        if fresh:
+            self._reported_s = now
+        groups = tuple(self._steady(g, scale, fresh) for g in measured.groups)
         fleet = replace(measured, groups=groups, tokens_per_s=self._tokens_per_s)
         if self._fleet is None or not _alike(self._fleet, fleet):
             self._fleet = fleet
         return self._fleet
 
-    def _steady(self, group: GroupSpec, scale: float) -> GroupSpec:
+    def _steady(self, group: GroupSpec, scale: float, fresh: bool) -> GroupSpec:
         """The group with its accepted numbers; scale: this report's tokens_per_s over the kept."""
         tracks = self._tracks[group.id]
         for name, (band, jump) in self._rules.items():
             measured = float(getattr(group, name)) * (scale if name == "speed" else 1.0)
-            if name in tracks:
+            if name in tracks and fresh:
                 tracks[name].follow(measured, band, jump)
-            else:
+            elif name not in tracks:
                 tracks[name] = _Track(accepted=measured, average=measured)
         return replace(
             group,

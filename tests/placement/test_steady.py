@@ -53,6 +53,16 @@ def test_noise_changes_nothing_and_a_slow_down_is_believed_when_seen_twice():
     assert [g.speed for g in slow[-1].groups if g.id != "g1"] == [1, 0.5, 0.25]
 
 
+def test_one_report_that_many_steps_see_is_one_report():
+    spec, steady = costly(), SteadyFleet(report_s=0.5)
+    first = steady.follow(spec, 0.0)
+    wild = replace(spec, groups=(replace(spec.groups[0], speed=0.1), *spec.groups[1:]))
+    for step in range(20):
+        assert steady.follow(wild, 1.0 + 0.01 * step) is first
+    assert all(steady.follow(spec, now) is first for now in (2.0, 3.0))
+    assert [steady.follow(wild, now) is first for now in (4.0, 5.0)] == [True, False]
+
+
 def test_one_wild_report_is_ignored_and_a_slow_drift_followed():
     spec, steady = costly(), SteadyFleet()
     first = steady.follow(spec)
