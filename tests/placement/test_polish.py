@@ -101,6 +101,22 @@ def test_it_finds_what_the_search_misses():
     assert better.placement.resident.sum() == plain.placement.resident.sum()
 
 
+def test_a_plan_that_restores_is_polished_too():
+    rng = np.random.default_rng(0)
+    spec = fleet(groups=7, layers=4, slots=24, speeds=[1, 1, 1, 1, 0.5, 0.5, 0.25])
+    load = rng.lognormal(0, 0.8, (4, 32)) * 1e4
+    cases = load * rng.lognormal(0, 0.4, (12, 4, 32))
+    forecast = Forecast(load=load, scenarios=cases, spread=load * 0.4)
+    lost = full_plan(forecast, spec, PlanConfig(polish=0)).placement
+    lost.resident[:, :4] = False  # what a group that is gone alone had
+    plans = [
+        delta_plan(forecast, spec, lost, PlanConfig(horizon_s=1e4, polish=polish))
+        for polish in (0, 36)
+    ]
+    assert all(plan.owed for plan in plans)
+    assert plans[1].after_s < plans[0].after_s
+
+
 def test_layers_trade_copies():
     """A copy no use to its layer goes where another layer needs one: bytes are short."""
     load = np.full((2, 4), 1.0)
