@@ -117,6 +117,12 @@ class RoutersConfig(_Checked):
     block_tokens: int = Field(16, ge=1, le=1024, description="tokens a KV block holds")
     max_batch: int = Field(64, ge=1, description="requests in one step at most")
     chunk_tokens: int = Field(512, ge=1, description="prefill tokens in one step at most")
+    microbatch_tokens: int = Field(
+        128,
+        ge=0,
+        description="steps of at least two of so many tokens run as two micro-batches in turns; "
+        "0: never",
+    )
     prefix_cache: bool = Field(
         True, description="requests whose prompts begin alike share KV blocks of the beginning"
     )

@@ -27,7 +27,7 @@ ALLOWED = {
         | {"placement", "raymoe"},
         {
             "raymoe/checkpoint": {"transformers", "huggingface_hub"},
-            "raymoe/engine": {"transformers"},
+            "raymoe/engine": {"transformers", "greenlet"},
             "raymoe/gateway": {"transformers", "tokenizers", "fastapi", "starlette", "jinja2"},
             "raymoe/cli.py": {"actors", "serve_app"},  # the command line reaches up to everything
             "raymoe/grammar": {"llguidance"},

@@ -222,6 +222,11 @@ class ExpertClient:
         finally:
             self.stats.combined(batch.layer, waited_s, _clock() - started - waited_s)
 
+    def abandon(self, batch: Batch) -> None:
+        """This batch is never going to be combined: its answers are read and thrown away."""
+        with self._lock:
+            batch.abandoned = True
+
     def close(self) -> None:
         """Close every link and end every thread."""
         self._closed.set()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from raymoe.engine.seam import Experts
+from raymoe.engine.turns import others_turn, rows_here
 from raymoe.errors import ExpertsUnavailable
 
 _LayerCall = tuple[int, Tensor, Tensor, Tensor]
@@ -31,12 +32,17 @@ class SettingAside:
 
     `experts.absent(layer)`, where there is one, gives the experts of a layer that are known to
     have no live replica, or None: rows for them are set aside at once, without asking.
+    `experts.abandon(pending)`, where there is one, takes what is never going to be combined.
+
+    While one micro-batch of a step waits here, the other goes on (`raymoe.engine.turns`); owners
+    and who goes on are those of the whole step.
     """
 
     def __init__(self, experts: Experts, *, patience_s: float = 5.0) -> None:
         self._experts = experts
         self._patience_s = patience_s
         self._absent = getattr(experts, "absent", _nobody)
+        self._abandon = getattr(experts, "abandon", _nobody)
         self._owners: Tensor | None = None  # int64 [N]
         self._going: Tensor | None = None  # bool [N], None while all rows go on
         self.lost: dict[int, ExpertsUnavailable] = {}
@@ -78,6 +84,11 @@ class SettingAside:
         """[T, D]; zeros for rows of requests that were set aside. Raises ExpertsUnavailable when
         no request is left."""
         call, sent = pending
+        try:
+            others_turn()
+        except BaseException:  # it has failed, and this half of the step ends with it
+            self._abandon(sent)
+            raise
         if self._owners is None:
             return self._wait(call, sent)
         error: ExpertsUnavailable | None = None
@@ -102,8 +113,11 @@ class SettingAside:
             if error is not None:
                 self._set_aside(error, expert_ids)
             assert self._going is not None
-            times = len(hidden) // len(self._going)  # Llama 4 sends a row a pair
-            rows = self._going.repeat_interleave(times).nonzero()[:, 0]
+            going = self._going[rows_here()]
+            times = len(hidden) // len(going)  # Llama 4 sends a row a pair
+            rows = going.repeat_interleave(times).nonzero()[:, 0]
+            if not len(rows):  # all of this micro-batch's, not of the other's
+                return out
             rest = (layer, hidden[rows], expert_ids[rows], gate_weights[rows])
             try:
                 absent = self._absent(layer)
@@ -116,13 +130,13 @@ class SettingAside:
 
     def _set_aside(self, error: ExpertsUnavailable, expert_ids: Tensor) -> None:
         """Take the requests whose rows need the experts of `error` out of this step."""
-        owners = self._owners
+        owners, here = self._owners, rows_here()
         assert owners is not None
         needs = torch.isin(expert_ids, torch.tensor(error.experts)).any(-1)
-        needs = needs.view(len(owners), -1).any(-1)  # [N]
+        needs = needs.view(len(owners[here]), -1).any(-1)
         if self._going is not None:
-            needs &= self._going
-        found = set(owners[needs].tolist())
+            needs &= self._going[here]
+        found = set(owners[here][needs].tolist())
         if not found:  # nobody asked for them: trying again would never end
             raise error
         self.lost.update(dict.fromkeys(found, error))
@@ -142,5 +156,5 @@ class SettingAside:
             sent = self._experts.dispatch(*call)
 
 
-def _nobody(layer: int) -> None:
-    """For experts that do not say who is absent."""
+def _nobody(_: Any) -> None:
+    """For experts that do not say who is absent, or have nothing to abandon."""

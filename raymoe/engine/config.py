@@ -17,6 +17,7 @@ class EngineConfig:
     block_tokens: int = 16  # tokens of one KV block
     max_batch: int = 64  # requests that run at once
     chunk_tokens: int = 256  # prompt tokens prefilled in one step, over all requests
+    microbatch_tokens: int = 0  # steps of two of so many run as two in turns; 0: never
     prefix_cache: bool = True  # prompts that begin alike share KV blocks
     max_context: int | None = None  # None: what the checkpoint says
     max_waiting: int = 4096  # requests queued before `Overloaded`
@@ -27,6 +28,8 @@ class EngineConfig:
         for name in ("kv_bytes", "block_tokens", "max_batch", "chunk_tokens", "max_waiting"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.microbatch_tokens < 0:
+            raise ConfigError(f"microbatch_tokens must be at least 0, not {self.microbatch_tokens}")
         if not 0 <= self.lanes_share < 1:
             raise ConfigError(f"lanes_share must be from 0 to below 1, not {self.lanes_share}")
         for name in ("stall_end_s", "stall_pause_s"):

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from raymoe.engine.seam import Experts
 
+_Pinned = dict[tuple[str, torch.dtype], Tensor]
+
 
 class HostedExperts:
     """`Experts` for a model on `device`: what is dispatched comes to the host, and sums go back.
@@ -19,25 +21,30 @@ class HostedExperts:
     def __init__(self, experts: Experts, device: str) -> None:
         self._experts = experts
         self._device = torch.device(device)
-        self._pinned: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._free: list[_Pinned] = [{}]
 
     def dispatch(self, layer: int, hidden: Tensor, expert_ids: Tensor, gate_weights: Tensor) -> Any:
         """hidden [T, D], expert_ids int64 [T, K], gate_weights [T, K], all on the device."""
         there = (hidden, expert_ids, gate_weights)
-        here = [self._host(name, each) for name, each in zip("xiw", there, strict=True)]
+        pinned = self._free.pop() if self._free else {}  # a second micro-batch needs its own
+        here = [_host(pinned, name, each) for name, each in zip("xiw", there, strict=True)]
         if hidden.is_cuda:
             torch.cuda.current_stream(hidden.device).synchronize()
-        return self._experts.dispatch(layer, *here)
+        return pinned, self._experts.dispatch(layer, *here)
 
-    def combine(self, pending: Any) -> Tensor:
+    def combine(self, pending: tuple[_Pinned, Any]) -> Tensor:
         """[T, D] on the device. From pageable memory: it has left that when the call returns."""
-        return self._experts.combine(pending).to(self._device, non_blocking=True)
+        pinned, sent = pending
+        sums = self._experts.combine(sent).to(self._device, non_blocking=True)
+        self._free.append(pinned)
+        return sums
 
-    def _host(self, name: str, tensor: Tensor) -> Tensor:
-        """A copy under way; free again at the next layer, when the one before has been combined."""
-        found, numbers = self._pinned.get((name, tensor.dtype)), tensor.numel()
-        if found is None or len(found) < numbers:
-            room = 1 << max(numbers - 1, 1).bit_length()
-            found = torch.empty(room, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            self._pinned[name, tensor.dtype] = found
-        return found[:numbers].view(tensor.shape).copy_(tensor, non_blocking=True)
+
+def _host(pinned: _Pinned, name: str, tensor: Tensor) -> Tensor:
+    """A copy under way into buffers that are free again when the layer has been combined."""
+    found, numbers = pinned.get((name, tensor.dtype)), tensor.numel()
+    if found is None or len(found) < numbers:
+        room = 1 << max(numbers - 1, 1).bit_length()
+        found = torch.empty(room, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        pinned[name, tensor.dtype] = found
+    return found[:numbers].view(tensor.shape).copy_(tensor, non_blocking=True)

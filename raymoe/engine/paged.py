@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from raymoe.engine.scheduler import StepPlan
 from raymoe.engine.seam import Experts
 from raymoe.engine.sequence import Sequence, start_sequence
 from raymoe.engine.tables import SPLIT_BYTES
+from raymoe.engine.turns import in_turns
 from raymoe.errors import ConfigError
 from raymoe.requests import GenerationRequest, SamplingParams
 
@@ -54,6 +57,7 @@ class PagedModel:
             split_tokens=SPLIT_BYTES // widest,
         )
         self._shelves: list[Shelf] = []
+        self._microbatch_tokens = config.microbatch_tokens
         self._undo: Callable[[], None] = lambda: None
         self._cache = KVCache(shapes, self.pool.blocks, config.block_tokens, self._device)
 
@@ -82,7 +86,24 @@ class PagedModel:
         if fresh:
             self._cache.zero(fresh)
         self._cache.keep_lanes(self._shelves)
-        batch = StepBatch(chunks, self.pool.block_tokens, self._device, self._shelves)
+        halves = halved(chunks, self._microbatch_tokens)
+        if halves is None:
+            return self._run(chunks, rows, self._shelves)
+        first, second = halves
+        border = sum(tokens for _, tokens in first)
+        of_first = [row for row in rows if row < border]
+        of_second = [row - border for row in rows[len(of_first) :]]
+        return torch.cat(
+            in_turns(
+                lambda: self._run(first, of_first, self._shelves),
+                lambda: self._run(second, of_second, []),
+                border,
+            )
+        )
+
+    def _run(self, chunks: Chunks, rows: list[int], shelves: list[Shelf]) -> Tensor:
+        """One forward of the model."""
+        batch = StepBatch(chunks, self.pool.block_tokens, self._device, shelves)
         keep: int | Tensor = 0  # all
         if len(rows) < batch.tokens:
             keep = torch.tensor(rows, dtype=torch.int64, device=self._device)
@@ -126,6 +147,28 @@ class PagedModel:
     def spoilt(self, chunks: Chunks) -> None:
         """A forward was cut short, with lanes filled in some layers only; blocks are right."""
         self._lanes.clear()
+
+
+def halved(chunks: Chunks, least: int) -> tuple[Chunks, Chunks] | None:
+    """A step's chunks as two micro-batches of half its tokens each; None for a step to be run as
+    one: `least` is 0, a half would have fewer tokens, or all but decode rows would be in one.
+
+    The chunk at the border is cut; its rest begins where its first part, computed before, ends.
+    """
+    ends = list(accumulate(tokens for _, tokens in chunks))
+    half = ends[-1] // 2
+    if not least or half < least:
+        return None
+    at = next(number for number, end in enumerate(ends) if end >= half)
+    sequence, tokens = chunks[at]
+    rest = ends[at] - half
+    if tokens == 1 and sequence.computed:
+        return None
+    if not rest:
+        return chunks[: at + 1], chunks[at + 1 :]
+    later = copy(sequence)
+    later.computed += tokens - rest
+    return [*chunks[:at], (sequence, tokens - rest)], [(later, rest), *chunks[at + 1 :]]
 
 
 def block_count(config: EngineConfig, block_bytes: int) -> int:

@@ -64,9 +64,12 @@ def make(path: Path, **config: Any) -> tuple[Lossy, Engine]:
     return lossy, Engine(load_dense(spec, experts), experts, EngineConfig(**settings))
 
 
-@pytest.fixture(scope="module")
-def qwen(tmp_path_factory: pytest.TempPathFactory) -> tuple[Lossy, Engine]:
-    return make(tiny_checkpoint("qwen3_moe", tmp_path_factory.mktemp("aside")))
+@pytest.fixture(scope="module", params=[0, 3], ids=["whole", "micro-batches"])
+def qwen(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Lossy, Engine]:
+    path = tiny_checkpoint("qwen3_moe", tmp_path_factory.mktemp("aside"))
+    return make(path, microbatch_tokens=request.param)
 
 
 def requests_and_needs(
@@ -89,10 +92,14 @@ def steps(engine: Engine, outcomes: dict[str, Outcome], count: int) -> None:
             outcomes[event.request_id].take(event)
 
 
+@pytest.mark.parametrize("microbatch_tokens", [0, 3])
 @pytest.mark.parametrize("says_so", [False, True])
 @pytest.mark.parametrize("family", ["qwen3_moe", "llama4_text"])
-def test_who_does_not_need_what_is_away_goes_on(family: str, says_so: bool, tmp_path: Path) -> None:
-    lossy, engine = make(tiny_checkpoint(family, tmp_path), prefix_cache=False)
+def test_who_does_not_need_what_is_away_goes_on(
+    family: str, says_so: bool, microbatch_tokens: int, tmp_path: Path
+) -> None:
+    path = tiny_checkpoint(family, tmp_path)
+    lossy, engine = make(path, prefix_cache=False, microbatch_tokens=microbatch_tokens)
     requests, alone, needs = requests_and_needs(lossy, engine)
     lost = min(needs, key=lambda each: abs(len(needs[each]) - 6))
     assert 2 <= len(needs[lost]) <= 10
