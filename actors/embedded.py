@@ -73,6 +73,7 @@ class EmbeddedEngine:
                 block_tokens=settings.block_tokens,
                 max_batch=settings.max_batch,
                 chunk_tokens=settings.chunk_tokens,
+                threads=settings.threads,
                 microbatch_tokens=settings.microbatch_tokens,
                 prefix_cache=settings.prefix_cache,
                 max_context=settings.max_context_tokens,

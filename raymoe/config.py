@@ -117,6 +117,12 @@ class RoutersConfig(_Checked):
     block_tokens: int = Field(16, ge=1, le=1024, description="tokens a KV block holds")
     max_batch: int = Field(64, ge=1, description="requests in one step at most")
     chunk_tokens: int = Field(512, ge=1, description="prefill tokens in one step at most")
+    threads: int = Field(
+        1,
+        ge=1,
+        le=1024,
+        description="CPU threads of the dense part in steps of 128 tokens and more (prompts)",
+    )
     microbatch_tokens: int = Field(
         128,
         ge=0,
