@@ -231,9 +231,6 @@ class GroupRuntime:
     # --- the compute thread ----------------------------------------------------------------
 
     def _serve(self) -> None:
-        import os
-        if os.environ.get("RM_BATCH"):
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         poll = self.server.poll
         while not self._closed.is_set():
             try:

@@ -29,7 +29,7 @@ def choose_kernels(spec: ModelSpec, device: str, dtype: torch.dtype) -> list[Exp
     known: dict[str, ExpertKernel] = {}
     chosen = []
     for layer in spec.layer_specs:
-        names = candidates(layer, dtype, device)
+        names = candidates(layer, dtype, device, spec.stored_dtype)
         name = names[0]
         if len(names) > 1:
             name = fastest(spec.hidden, layer.inner, layer.maths, dtype, names, device)
@@ -39,22 +39,27 @@ def choose_kernels(spec: ModelSpec, device: str, dtype: torch.dtype) -> list[Exp
     return chosen
 
 
-def candidates(layer: LayerSpec, dtype: torch.dtype, device: str = "cpu") -> tuple[str, ...]:
-    """The kernels that can do this layer on a device; the first can do any."""
+def candidates(
+    layer: LayerSpec, dtype: torch.dtype, device: str = "cpu", stored: str = "float32"
+) -> tuple[str, ...]:
+    """The kernels that can do this layer on a device; the first can do any.
+
+    stored: the dtype of records; weights that are bfloat16 there need not be larger here.
+    """
     if torch.device(device).type != "cpu":
         return ("plain", "grouped") if grouped.fits(layer) else ("plain",)
     names = ["plain"]
     if panels.fits(layer):
         names.append("panels")
     if dtype is torch.float32 and compiled.fits(layer):
-        names.append("compiled")
+        names.append("compiled bfloat16" if stored == "bfloat16" else "compiled")
     return tuple(names)
 
 
 def make(name: str, dtype: torch.dtype, device: str = "cpu") -> ExpertKernel:
     """A kernel by its name."""
-    if name == "compiled":
-        return CompiledKernel()
+    if name.startswith("compiled"):
+        return CompiledKernel(torch.bfloat16 if name.endswith("bfloat16") else torch.float32)
     if name == "grouped":
         return GroupedKernel(device, dtype)
     return PanelKernel(dtype) if name == "panels" else PlainKernel(device, dtype)

@@ -1,7 +1,8 @@
-"""The compiled kernel: raymoe/native/experts.c, for gated-SiLU experts in float32 on the CPU.
+"""The compiled kernel: raymoe/native/experts.c, for gated-SiLU experts on the CPU.
 
 It reads each expert's weights once and in order, and gathers, activates, weights and sums on the
-way. Measured on one AVX-512 core against the plain kernel (`benchmarks/kernels.py` has the table).
+way, in float32. Weights that a checkpoint stores as bfloat16 stay so, which halves what a few
+tokens an expert mostly cost: reading them. `benchmarks/kernels.py` compares the kernels.
 """
 
 from __future__ import annotations
@@ -46,21 +47,24 @@ class ReplicaTable:
 class CompiledKernel:
     """Only for layers that `fits` accepts. One thread at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, weights: torch.dtype = torch.float32) -> None:
+        """weights: the dtype they are kept in, bfloat16 or float32."""
         functions = native()
         assert functions is not None
         self._native: Native = functions
+        self.weights = weights
+        self._narrow = int(weights is torch.bfloat16)
         self._scratch: dict[tuple[int, int], Tensor] = {}
 
     def prepare(self, layer: LayerSpec, record: ExpertRecord) -> Replica:
-        up, down = record.tensors["up"].float(), record.tensors["down"].float()
+        up, down = (record.tensors[name].to(self.weights) for name in ("up", "down"))
         hidden, half = up.shape[0], PANEL // 2
         gate_up = up.view(hidden, 2, layer.inner // half, half).permute(2, 0, 1, 3)
         panels = down.view(layer.inner, hidden // PANEL, PANEL).transpose(0, 1)
         return {
             # [F / 16, D, 2, 16]: each panel has 16 gate columns and their up columns
-            "up": torch.empty(gate_up.shape).copy_(gate_up),
-            "down": torch.empty(panels.shape).copy_(panels),  # [D / 32, F, 32]
+            "up": torch.empty(gate_up.shape, dtype=self.weights).copy_(gate_up),
+            "down": torch.empty(panels.shape, dtype=self.weights).copy_(panels),  # [D / 32, F, 32]
         }
 
     def record(self, layer: LayerSpec, prepared: Replica, dtype: torch.dtype) -> ExpertRecord:
@@ -116,5 +120,5 @@ class CompiledKernel:
             scratch = self._scratch[hidden, inner] = torch.empty(size)
         return not self._native.experts(
             table.address, len(table.replicas), words, weights, x, out, scratch.data_ptr(),
-            experts, tokens, hidden, inner,
+            experts, tokens, hidden, inner, self._narrow,
         )  # fmt: skip

@@ -41,7 +41,12 @@ class ExpertShard:
         self._kernels = (
             choose_kernels(spec, device, dtype) if kernel is None else [kernel] * spec.layers
         )
-        self._bytes = spec.resident_bytes(str(dtype).removeprefix("torch."))
+        # Never more than the planner reckons with (`spec.expert_bytes`), half of it where a kernel
+        # keeps bfloat16 weights as they are stored.
+        self._bytes = [
+            layer.parameters * getattr(kernel, "weights", dtype).itemsize
+            for layer, kernel in zip(spec.layer_specs, self._kernels, strict=True)
+        ]
         self._replicas: list[list[Prepared | None]] = [[None] * n for n in spec.experts_of_layer]
         # of layers whose kernel takes addresses; replaced with the list of replicas
         self._compiled = [k if isinstance(k, CompiledKernel) else None for k in self._kernels]

@@ -1,5 +1,6 @@
-/* The gated-SiLU expert FFN over one message, float32, one thread: gather, both products, the
- * activation and the weighted sum in one pass over each expert's weights.
+/* The gated-SiLU expert FFN over one message, computed in float32, one thread: gather, both
+ * products, the activation and the weighted sum in one pass over each expert's weights, which are
+ * float32 or bfloat16 (`narrow`; exact in float32, half the memory to read).
  *
  * Weights are kept in panels of 32 columns (raymoe/experts/compiled.py cuts them), so that memory is
  * read once and in order whatever the number of rows; a tile of up to ROWS rows x 32 columns stays in
@@ -19,13 +20,23 @@ enum { WIDTH = 8, ROWS = 3 };
 #else
 enum { WIDTH = 4, ROWS = 3 };
 #endif
-enum { PANEL = 32, VECTORS = PANEL / WIDTH, HALF = VECTORS / 2, BLOCK = 8 * ROWS, AHEAD = 1024 };
+enum { PANEL = 32, VECTORS = PANEL / WIDTH, HALF = VECTORS / 2, BLOCK = 8 * ROWS, AHEAD = 4096 };
 
 typedef float Vector __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t Integers __attribute__((vector_size(4 * WIDTH)));
 typedef float Loose __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 
+typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH)));
+typedef uint16_t LooseHalves __attribute__((vector_size(2 * WIDTH), aligned(2), may_alias));
+
 static inline Vector load(const float *at) { return *(const Loose *)at; }
+/* WIDTH weights, from element `at` of a panel on */
+static inline __attribute__((always_inline)) Vector weights(const char *panel, int64_t at,
+                                                            const int narrow) {
+    if (!narrow) return load((const float *)(const void *)panel + at);
+    Halves halves = *(const LooseHalves *)(const void *)(panel + 2 * at);
+    return (Vector)(__builtin_convertvector(halves, Integers) << 16);
+}
 static inline Vector choose(Integers where, Vector yes, Vector no) {
     return (Vector)((where & (Integers)yes) | (~where & (Integers)no));
 }
@@ -61,35 +72,38 @@ typedef struct {
     const float *weight;    /* of each pair; NULL: rows mode */
     float *out;             /* [N, D] or [P, D] */
     float *packed, *joined; /* [BLOCK, D], [BLOCK, F]: chunks of rows, transposed */
-    int64_t hidden, inner;
+    float *wide;            /* [D or F, 32]: a narrow panel that several chunks of rows want */
+    int64_t hidden, inner, narrow;
 } Job;
 
 /* acc [m][VECTORS] += transposed rows [k][m] times a panel [k][32] */
-static inline __attribute__((always_inline)) void tile(const int m, int64_t depth,
-                                                       const float *rows, const float *panel,
+static inline __attribute__((always_inline)) void tile(const int m, const int narrow,
+                                                       int64_t depth, const float *rows,
+                                                       const char *panel,
                                                        Vector acc[ROWS][VECTORS]) {
-    for (int64_t k = 0; k < depth; k++, rows += m, panel += PANEL) {
+    const int64_t size = narrow ? 2 : 4;
+    for (int64_t k = 0; k < depth; k++, rows += m, panel += size * PANEL) {
 #pragma GCC unroll 8
         for (int v = 0; v < VECTORS; v++) {
-            const Vector w = load(panel + WIDTH * v);
+            const Vector w = weights(panel, WIDTH * v, narrow);
             /* 4 KiB ahead, also into the next panel: the hardware stops at pages. 164 us a message
-             * instead of 400 at 8 experts x 8 rows x [256, 256] */
-            __builtin_prefetch(panel + WIDTH * v + AHEAD);
+             * instead of 400 at 8 experts x 8 rows x [256, 256] float32 */
+            __builtin_prefetch(panel + size * WIDTH * v + AHEAD);
 #pragma GCC unroll 12
             for (int i = 0; i < m; i++) acc[i][v] += w * rows[i];
         }
     }
 }
 
-static inline __attribute__((always_inline)) void up_tile(const int m, const Job *job,
-                                                          const float *rows, const float *panel,
-                                                          float *joined) {
+static inline __attribute__((always_inline)) void up_tile(const int m, const int narrow,
+                                                          const Job *job, const float *rows,
+                                                          const char *panel, float *joined) {
     Vector acc[ROWS][VECTORS];
 #pragma GCC unroll 12
     for (int i = 0; i < m; i++)
 #pragma GCC unroll 8
         for (int v = 0; v < VECTORS; v++) acc[i][v] = (Vector){0};
-    tile(m, job->hidden, rows, panel, acc);
+    tile(m, narrow, job->hidden, rows, panel, acc);
 #pragma GCC unroll 12
     for (int i = 0; i < m; i++)
 #pragma GCC unroll 8
@@ -99,16 +113,16 @@ static inline __attribute__((always_inline)) void up_tile(const int m, const Job
         }
 }
 
-static inline __attribute__((always_inline)) void down_tile(const int m, const Job *job,
-                                                            const float *joined,
-                                                            const float *panel, int64_t pair,
+static inline __attribute__((always_inline)) void down_tile(const int m, const int narrow,
+                                                            const Job *job, const float *joined,
+                                                            const char *panel, int64_t pair,
                                                             int64_t column) {
     Vector acc[ROWS][VECTORS];
 #pragma GCC unroll 12
     for (int i = 0; i < m; i++)
 #pragma GCC unroll 8
         for (int v = 0; v < VECTORS; v++) acc[i][v] = (Vector){0};
-    tile(m, job->inner, joined, panel, acc);
+    tile(m, narrow, job->inner, joined, panel, acc);
 #pragma GCC unroll 12
     for (int i = 0; i < m; i++) {
         int64_t row = job->weight ? job->row[pair + i] : pair + i;
@@ -131,20 +145,23 @@ static inline __attribute__((always_inline)) void down_tile(const int m, const J
 #define MORE_SIZES(CASE)
 #endif
 
-static void up(int m, const Job *job, const float *rows, const float *panel, float *joined) {
-    switch (m) {
+static void up(int m, int64_t narrow, const Job *job, const float *rows, const char *panel,
+               float *joined) {
+    switch (narrow ? -m : m) {
 #define CASE(M) \
-    case M: up_tile(M, job, rows, panel, joined); break;
+    case M: up_tile(M, 0, job, rows, panel, joined); break; \
+    case -M: up_tile(M, 1, job, rows, panel, joined); break;
         FOR_EACH_SIZE(CASE)
 #undef CASE
     }
 }
 
-static void down(int m, const Job *job, const float *joined, const float *panel, int64_t pair,
-                 int64_t column) {
-    switch (m) {
+static void down(int m, int64_t narrow, const Job *job, const float *joined, const char *panel,
+                 int64_t pair, int64_t column) {
+    switch (narrow ? -m : m) {
 #define CASE(M) \
-    case M: down_tile(M, job, joined, panel, pair, column); break;
+    case M: down_tile(M, 0, job, joined, panel, pair, column); break; \
+    case -M: down_tile(M, 1, job, joined, panel, pair, column); break;
         FOR_EACH_SIZE(CASE)
 #undef CASE
     }
@@ -158,40 +175,60 @@ static void pack(const Job *job, int64_t first, int64_t m, float *to) {
     }
 }
 
+static const char *widen(const Job *job, const char *panel, int64_t depth) {
+    for (int64_t at = 0; at < PANEL * depth; at += WIDTH) {
+        __builtin_prefetch(panel + 2 * at + AHEAD);
+        store(job->wide + at, weights(panel, at, 1));
+    }
+    return (const char *)job->wide;
+}
+
 /* One expert's run of pairs, at most BLOCK of them: each panel is read once. */
-static void block(const Job *job, const float *up_panels, const float *down_panels, int64_t first,
+static void block(const Job *job, const char *up_panels, const char *down_panels, int64_t first,
                   int64_t count) {
-    int64_t hidden = job->hidden, inner = job->inner;
+    int64_t hidden = job->hidden, inner = job->inner, size = job->narrow ? 2 : 4;
     /* chunks of about equal size: 13 rows are 7 and 6, not 12 and 1 */
     int64_t chunks = (count + ROWS - 1) / ROWS, start[BLOCK / ROWS + 1];
     for (int64_t c = 0; c <= chunks; c++) start[c] = count * c / chunks;
     for (int64_t c = 0; c < chunks; c++)
         pack(job, first + start[c], start[c + 1] - start[c], job->packed + start[c] * hidden);
-    for (int64_t f = 0; f < inner; f += PANEL / 2, up_panels += PANEL * hidden)
+    /* once for one chunk: on the way into registers; for more: in a piece that stays in the cache */
+    int64_t widened = job->narrow && chunks > 1, narrow = job->narrow && !widened;
+    for (int64_t f = 0; f < inner; f += PANEL / 2, up_panels += size * PANEL * hidden) {
+        const char *panel = widened ? widen(job, up_panels, hidden) : up_panels;
         for (int64_t c = 0; c < chunks; c++) {
             int64_t m = start[c + 1] - start[c];
-            up((int)m, job, job->packed + start[c] * hidden, up_panels,
+            up((int)m, narrow, job, job->packed + start[c] * hidden, panel,
                job->joined + start[c] * inner + f * m);
         }
-    for (int64_t d = 0; d < hidden; d += PANEL, down_panels += PANEL * inner)
+    }
+    for (int64_t d = 0; d < hidden; d += PANEL, down_panels += size * PANEL * inner) {
+        const char *panel = widened ? widen(job, down_panels, inner) : down_panels;
         for (int64_t c = 0; c < chunks; c++)
-            down((int)(start[c + 1] - start[c]), job, job->joined + start[c] * inner, down_panels,
+            down((int)(start[c + 1] - start[c]), narrow, job, job->joined + start[c] * inner, panel,
                  first + start[c], d);
+    }
 }
 
 /* Floats of scratch that raymoe_experts needs. */
-int64_t raymoe_experts_scratch(int64_t hidden, int64_t inner) { return BLOCK * (hidden + inner); }
+int64_t raymoe_experts_scratch(int64_t hidden, int64_t inner) {
+    return BLOCK * (hidden + inner) + PANEL * (hidden > inner ? hidden : inner);
+}
 
 /* One message. replicas: addresses of (up, down) for each expert, 0 where it is not held; words:
  * expert_ids [n], counts [n], row [P], all checked but for the layer's own number of experts;
- * weights float32 [P] or NULL. out [N, D] is the weighted sum, or [P, D] a row a pair.
+ * weights float32 [P] or NULL; narrow: replicas are bfloat16, else float32. out [N, D] is the weighted sum, or [P, D] a row a pair.
  * 0, or 1 when an expert is not held: nothing has been computed then. */
 int64_t raymoe_experts(const int64_t *replicas, int64_t experts, const int32_t *words,
                        const float *weights, const float *x, float *out, float *scratch,
-                       int64_t n, int64_t tokens, int64_t hidden, int64_t inner) {
+                       int64_t n, int64_t tokens, int64_t hidden, int64_t inner,
+                       int64_t narrow) {
     for (int64_t i = 0; i < n; i++)
         if ((uint32_t)words[i] >= (uint64_t)experts || !replicas[2 * words[i]]) return 1;
-    Job job = {x, words + 2 * n, weights, out, scratch, scratch + BLOCK * hidden, hidden, inner};
+    Job job = {.x = x, .row = words + 2 * n, .weight = weights, .out = out,
+               .packed = scratch, .joined = scratch + BLOCK * hidden,
+               .wide = scratch + BLOCK * (hidden + inner),
+               .hidden = hidden, .inner = inner, .narrow = narrow};
     if (weights) memset(out, 0, (size_t)(tokens * hidden) * sizeof *out);
     int64_t pair = 0;
     for (int64_t i = 0; i < n; i++) {
@@ -199,8 +236,8 @@ int64_t raymoe_experts(const int64_t *replicas, int64_t experts, const int32_t *
         int64_t end = pair + words[n + i];
         for (; pair < end; pair += BLOCK) {
             int64_t count = end - pair < BLOCK ? end - pair : BLOCK;
-            block(&job, (const float *)(intptr_t)replica[0], (const float *)(intptr_t)replica[1],
-                  pair, count);
+            block(&job, (const char *)(intptr_t)replica[0], (const char *)(intptr_t)replica[1], pair,
+                  count);
         }
         pair = end;
     }

@@ -10,6 +10,7 @@ from raymoe.checkpoint.spec import ExpertMaths
 from raymoe.errors import FrameError
 from raymoe.experts import choose, compiled, panels
 from raymoe.experts.activations import ACTIVATIONS
+from raymoe.experts.choose import candidates
 from raymoe.experts.compiled import CompiledKernel
 from raymoe.experts.kernels import ExpertKernel
 from raymoe.experts.panels import PanelKernel, panel_width
@@ -33,10 +34,11 @@ HIDDEN, INNER = 320, 416  # two panels of 160; two of 208 for the gate and two f
 
 
 COMPILED = [CompiledKernel()] if native() is not None else []
+NARROW = [CompiledKernel(torch.bfloat16)] if native() is not None else []
 
 
 def name_of_kernel(kernel: ExpertKernel) -> str:
-    return type(kernel).__name__
+    return type(kernel).__name__ + "-bfloat16" * (kernel in NARROW)
 
 
 def name_of(maths: ExpertMaths) -> str:
@@ -69,6 +71,15 @@ def test_kernel_does_the_maths(kernel: ExpertKernel, maths: ExpertMaths) -> None
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("kernel", [PlainKernel(), PanelKernel(), *COMPILED], ids=name_of_kernel)
 def test_record_comes_back_bit_for_bit(kernel: ExpertKernel, stored: str) -> None:
+    _check_record(kernel, stored)
+
+
+@pytest.mark.skipif(not NARROW, reason="no C compiler here")
+def test_bfloat16_record_comes_back_from_bfloat16() -> None:
+    _check_record(NARROW[0], "bfloat16")
+
+
+def _check_record(kernel: ExpertKernel, stored: str) -> None:
     maths = ExpertMaths(activation="silu", bias=not isinstance(kernel, CompiledKernel))
     spec = model_spec(hidden=HIDDEN, inner=INNER, maths=maths, stored=stored)
     layer, record = spec.layer_specs[0], random_record(spec, 0, 0)
@@ -104,6 +115,32 @@ def test_compiled_equals_plain(hidden: int, inner: int, weighted: bool) -> None:
     torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-4)
     if weighted:
         assert not found[49].any()  # a row without pairs
+
+
+@pytest.mark.skipif(not COMPILED, reason="no C compiler here")
+@pytest.mark.parametrize(("hidden", "inner"), [(32, 16), (256, 128), (96, 48), (64, 160)])
+def test_weights_kept_as_bfloat16_give_the_same_bits(hidden: int, inner: int) -> None:
+    spec = model_spec(hidden=hidden, inner=inner, experts=5, stored="bfloat16")
+    layer = spec.layer_specs[0]
+    assert "compiled bfloat16" in candidates(layer, torch.float32, stored="bfloat16")
+    assert "compiled" in candidates(layer, torch.float32, stored="float16")
+    draw = torch.Generator().manual_seed(0)
+    counts = [1, 7, 12, 13, 200]
+    x = torch.randn(50, hidden, generator=draw)
+    rows = torch.randint(0, 50, (sum(counts),), generator=draw, dtype=torch.int32)
+    wide, narrow = (
+        kernel.run(
+            layer,
+            [kernel.prepare(layer, random_record(spec, 0, expert)) for expert in range(5)],
+            counts,
+            x,
+            rows,
+        )
+        for kernel in (COMPILED[0], NARROW[0])
+    )
+    assert torch.equal(wide, narrow)
+    held = NARROW[0].prepare(layer, random_record(spec, 0, 0))
+    assert sum(tensor.nbytes for tensor in held.values()) == 2 * layer.parameters
 
 
 @pytest.mark.skipif(not COMPILED, reason="no C compiler here")
