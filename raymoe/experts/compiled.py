@@ -59,16 +59,23 @@ class CompiledKernel:
     def prepare(self, layer: LayerSpec, record: ExpertRecord) -> Replica:
         up, down = (record.tensors[name].to(self.weights) for name in ("up", "down"))
         hidden, half = up.shape[0], PANEL // 2
-        gate_up = up.view(hidden, 2, layer.inner // half, half).permute(2, 0, 1, 3)
-        panels = down.view(layer.inner, hidden // PANEL, PANEL).transpose(0, 1)
-        return {
+        panels = {
             # [F / 16, D, 2, 16]: each panel has 16 gate columns and their up columns
-            "up": torch.empty(gate_up.shape, dtype=self.weights).copy_(gate_up),
-            "down": torch.empty(panels.shape, dtype=self.weights).copy_(panels),  # [D / 32, F, 32]
+            "up": up.view(hidden, 2, layer.inner // half, half).permute(2, 0, 1, 3),
+            # [D / 32, F, 2, 16]
+            "down": down.view(layer.inner, hidden // PANEL, 2, half).transpose(0, 1),
+        }
+        if self._narrow:  # [.., 16, 2]
+            panels = {name: panel.transpose(2, 3) for name, panel in panels.items()}
+        return {
+            name: torch.empty(panel.shape, dtype=self.weights).copy_(panel)
+            for name, panel in panels.items()
         }
 
     def record(self, layer: LayerSpec, prepared: Replica, dtype: torch.dtype) -> ExpertRecord:
         up, down = prepared["up"].to(dtype), prepared["down"].to(dtype)
+        if self._narrow:
+            up, down = up.transpose(2, 3), down.transpose(2, 3)
         hidden = up.shape[1]
         return ExpertRecord(
             tensors={

@@ -8,6 +8,7 @@
  * when the replica is loaded).
  *     up   [F / 16][D][16 gate columns, 16 up columns]
  *     down [D / 32][F][32 columns]
+ * Narrow ones have the two halves of each row of 32 columns interleaved: [16][2].
  */
 
 #include <stdint.h>
@@ -26,16 +27,14 @@ typedef float Vector __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t Integers __attribute__((vector_size(4 * WIDTH)));
 typedef float Loose __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 
-typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH)));
-typedef uint16_t LooseHalves __attribute__((vector_size(2 * WIDTH), aligned(2), may_alias));
+typedef int32_t LooseIntegers __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 
 static inline Vector load(const float *at) { return *(const Loose *)at; }
-/* WIDTH weights, from element `at` of a panel on */
-static inline __attribute__((always_inline)) Vector weights(const char *panel, int64_t at,
-                                                            const int narrow) {
-    if (!narrow) return load((const float *)(const void *)panel + at);
-    Halves halves = *(const LooseHalves *)(const void *)(panel + 2 * at);
-    return (Vector)(__builtin_convertvector(halves, Integers) << 16);
+/* Columns c and c + 16 of a narrow panel lie in one word, low and high: both are WIDTH of them. */
+static inline void split(const char *at, Vector *low, Vector *high) {
+    Integers words = *(const LooseIntegers *)(const void *)at;
+    *low = (Vector)(words << 16);
+    *high = (Vector)(words & (int32_t)0xffff0000);
 }
 static inline Vector choose(Integers where, Vector yes, Vector no) {
     return (Vector)((where & (Integers)yes) | (~where & (Integers)no));
@@ -72,7 +71,6 @@ typedef struct {
     const float *weight;    /* of each pair; NULL: rows mode */
     float *out;             /* [N, D] or [P, D] */
     float *packed, *joined; /* [BLOCK, D], [BLOCK, F]: chunks of rows, transposed */
-    float *wide;            /* [D or F, 32]: a narrow panel that several chunks of rows want */
     int64_t hidden, inner, narrow;
 } Job;
 
@@ -83,14 +81,25 @@ static inline __attribute__((always_inline)) void tile(const int m, const int na
                                                        Vector acc[ROWS][VECTORS]) {
     const int64_t size = narrow ? 2 : 4;
     for (int64_t k = 0; k < depth; k++, rows += m, panel += size * PANEL) {
-#pragma GCC unroll 8
-        for (int v = 0; v < VECTORS; v++) {
-            const Vector w = weights(panel, WIDTH * v, narrow);
+#pragma GCC unroll 4
+        for (int v = 0; v < HALF; v++) {
+            Vector first, second; /* columns WIDTH * v on, and those 16 further */
+            if (narrow) {
+                split(panel + 4 * WIDTH * v, &first, &second);
+            } else {
+                const float *wide = (const float *)(const void *)panel;
+                first = load(wide + WIDTH * v);
+                second = load(wide + WIDTH * (v + HALF));
+                __builtin_prefetch(panel + 4 * WIDTH * (v + HALF) + AHEAD);
+            }
             /* 4 KiB ahead, also into the next panel: the hardware stops at pages. 164 us a message
              * instead of 400 at 8 experts x 8 rows x [256, 256] float32 */
-            __builtin_prefetch(panel + size * WIDTH * v + AHEAD);
+            __builtin_prefetch(panel + 4 * WIDTH * v + AHEAD);
 #pragma GCC unroll 12
-            for (int i = 0; i < m; i++) acc[i][v] += w * rows[i];
+            for (int i = 0; i < m; i++) {
+                acc[i][v] += first * rows[i];
+                acc[i][v + HALF] += second * rows[i];
+            }
         }
     }
 }
@@ -145,9 +154,8 @@ static inline __attribute__((always_inline)) void down_tile(const int m, const i
 #define MORE_SIZES(CASE)
 #endif
 
-static void up(int m, int64_t narrow, const Job *job, const float *rows, const char *panel,
-               float *joined) {
-    switch (narrow ? -m : m) {
+static void up(int m, const Job *job, const float *rows, const char *panel, float *joined) {
+    switch (job->narrow ? -m : m) {
 #define CASE(M) \
     case M: up_tile(M, 0, job, rows, panel, joined); break; \
     case -M: up_tile(M, 1, job, rows, panel, joined); break;
@@ -156,9 +164,9 @@ static void up(int m, int64_t narrow, const Job *job, const float *rows, const c
     }
 }
 
-static void down(int m, int64_t narrow, const Job *job, const float *joined, const char *panel,
-                 int64_t pair, int64_t column) {
-    switch (narrow ? -m : m) {
+static void down(int m, const Job *job, const float *joined, const char *panel, int64_t pair,
+                 int64_t column) {
+    switch (job->narrow ? -m : m) {
 #define CASE(M) \
     case M: down_tile(M, 0, job, joined, panel, pair, column); break; \
     case -M: down_tile(M, 1, job, joined, panel, pair, column); break;
@@ -175,14 +183,6 @@ static void pack(const Job *job, int64_t first, int64_t m, float *to) {
     }
 }
 
-static const char *widen(const Job *job, const char *panel, int64_t depth) {
-    for (int64_t at = 0; at < PANEL * depth; at += WIDTH) {
-        __builtin_prefetch(panel + 2 * at + AHEAD);
-        store(job->wide + at, weights(panel, at, 1));
-    }
-    return (const char *)job->wide;
-}
-
 /* One expert's run of pairs, at most BLOCK of them: each panel is read once. */
 static void block(const Job *job, const char *up_panels, const char *down_panels, int64_t first,
                   int64_t count) {
@@ -192,32 +192,25 @@ static void block(const Job *job, const char *up_panels, const char *down_panels
     for (int64_t c = 0; c <= chunks; c++) start[c] = count * c / chunks;
     for (int64_t c = 0; c < chunks; c++)
         pack(job, first + start[c], start[c + 1] - start[c], job->packed + start[c] * hidden);
-    /* once for one chunk: on the way into registers; for more: in a piece that stays in the cache */
-    int64_t widened = job->narrow && chunks > 1, narrow = job->narrow && !widened;
-    for (int64_t f = 0; f < inner; f += PANEL / 2, up_panels += size * PANEL * hidden) {
-        const char *panel = widened ? widen(job, up_panels, hidden) : up_panels;
+    for (int64_t f = 0; f < inner; f += PANEL / 2, up_panels += size * PANEL * hidden)
         for (int64_t c = 0; c < chunks; c++) {
             int64_t m = start[c + 1] - start[c];
-            up((int)m, narrow, job, job->packed + start[c] * hidden, panel,
+            up((int)m, job, job->packed + start[c] * hidden, up_panels,
                job->joined + start[c] * inner + f * m);
         }
-    }
-    for (int64_t d = 0; d < hidden; d += PANEL, down_panels += size * PANEL * inner) {
-        const char *panel = widened ? widen(job, down_panels, inner) : down_panels;
+    for (int64_t d = 0; d < hidden; d += PANEL, down_panels += size * PANEL * inner)
         for (int64_t c = 0; c < chunks; c++)
-            down((int)(start[c + 1] - start[c]), narrow, job, job->joined + start[c] * inner, panel,
+            down((int)(start[c + 1] - start[c]), job, job->joined + start[c] * inner, down_panels,
                  first + start[c], d);
-    }
 }
 
 /* Floats of scratch that raymoe_experts needs. */
-int64_t raymoe_experts_scratch(int64_t hidden, int64_t inner) {
-    return BLOCK * (hidden + inner) + PANEL * (hidden > inner ? hidden : inner);
-}
+int64_t raymoe_experts_scratch(int64_t hidden, int64_t inner) { return BLOCK * (hidden + inner); }
 
 /* One message. replicas: addresses of (up, down) for each expert, 0 where it is not held; words:
  * expert_ids [n], counts [n], row [P], all checked but for the layer's own number of experts;
- * weights float32 [P] or NULL; narrow: replicas are bfloat16, else float32. out [N, D] is the weighted sum, or [P, D] a row a pair.
+ * weights float32 [P] or NULL; narrow: replicas are bfloat16, else float32. out [N, D] is the
+ * weighted sum, or [P, D] a row a pair.
  * 0, or 1 when an expert is not held: nothing has been computed then. */
 int64_t raymoe_experts(const int64_t *replicas, int64_t experts, const int32_t *words,
                        const float *weights, const float *x, float *out, float *scratch,
@@ -227,7 +220,6 @@ int64_t raymoe_experts(const int64_t *replicas, int64_t experts, const int32_t *
         if ((uint32_t)words[i] >= (uint64_t)experts || !replicas[2 * words[i]]) return 1;
     Job job = {.x = x, .row = words + 2 * n, .weight = weights, .out = out,
                .packed = scratch, .joined = scratch + BLOCK * hidden,
-               .wide = scratch + BLOCK * (hidden + inner),
                .hidden = hidden, .inner = inner, .narrow = narrow};
     if (weights) memset(out, 0, (size_t)(tokens * hidden) * sizeof *out);
     int64_t pair = 0;
