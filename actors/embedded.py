@@ -13,7 +13,7 @@ from typing import Any
 from raymoe.checkpoint.dense import load_dense
 from raymoe.checkpoint.spec import ModelSpec
 from raymoe.client import ClientConfig, ExpertClient
-from raymoe.config import DeploymentConfig
+from raymoe.config import DeploymentConfig, RoutersConfig
 from raymoe.control import ControlClient
 from raymoe.engine.aside import SettingAside
 from raymoe.engine.config import EngineConfig
@@ -30,6 +30,13 @@ from raymoe.stream.messages import ModelInfo
 
 log = logging.getLogger("raymoe.router")
 _BLIP_S = 0.25  # a step waits so long for experts; then it goes on without who needs them
+
+
+def _microbatch_tokens(settings: RoutersConfig) -> int:
+    """Measured on CPUs only (docs/decisions/0010): elsewhere it is asked for."""
+    if settings.microbatch_tokens is not None:
+        return settings.microbatch_tokens
+    return 128 if settings.device == "cpu" else 0
 
 
 class EmbeddedEngine:
@@ -73,8 +80,7 @@ class EmbeddedEngine:
                 block_tokens=settings.block_tokens,
                 max_batch=settings.max_batch,
                 chunk_tokens=settings.chunk_tokens,
-                threads=settings.threads,
-                microbatch_tokens=settings.microbatch_tokens,
+                microbatch_tokens=_microbatch_tokens(settings),
                 prefix_cache=settings.prefix_cache,
                 max_context=settings.max_context_tokens,
                 max_waiting=settings.max_waiting,

@@ -117,17 +117,11 @@ class RoutersConfig(_Checked):
     block_tokens: int = Field(16, ge=1, le=1024, description="tokens a KV block holds")
     max_batch: int = Field(64, ge=1, description="requests in one step at most")
     chunk_tokens: int = Field(512, ge=1, description="prefill tokens in one step at most")
-    threads: int = Field(
-        1,
-        ge=1,
-        le=1024,
-        description="CPU threads of the dense part in steps of 128 tokens and more (prompts)",
-    )
-    microbatch_tokens: int = Field(
-        128,
+    microbatch_tokens: int | None = Field(
+        None,
         ge=0,
-        description="steps of at least two of so many tokens run as two micro-batches in turns; "
-        "0: never",
+        description="steps of at least twice so many tokens run as two micro-batches that take "
+        "turns, one computed while the other waits for experts; 0: never; none: 128 on CPUs, else 0",
     )
     prefix_cache: bool = Field(
         True, description="requests whose prompts begin alike share KV blocks of the beginning"
@@ -411,6 +405,11 @@ class DeploymentConfig(_Checked):
         if self.engine == "vllm" and self.routers.block_tokens != default:
             raise ValueError(
                 "routers.block_tokens: with engine: vllm say it in vllm.engine_args.block_size"
+            )
+        if self.engine == "vllm" and self.routers.microbatch_tokens is not None:
+            raise ValueError(
+                "routers.microbatch_tokens: vLLM runs its steps as one; leave it out with "
+                "engine: vllm"
             )
         if self.engine == "vllm" and self.routers.device != "cpu":
             raise ValueError(

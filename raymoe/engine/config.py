@@ -17,8 +17,6 @@ class EngineConfig:
     block_tokens: int = 16  # tokens of one KV block
     max_batch: int = 64  # requests that run at once
     chunk_tokens: int = 256  # prompt tokens prefilled in one step, over all requests
-    threads: int = 0  # of torch, in steps of `threaded_tokens`; 1 in others; 0: as torch is set
-    threaded_tokens: int = 128
     microbatch_tokens: int = 0  # steps of two of so many run as two in turns; 0: never
     prefix_cache: bool = True  # prompts that begin alike share KV blocks
     max_context: int | None = None  # None: what the checkpoint says
@@ -32,7 +30,7 @@ class EngineConfig:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not 0 <= self.lanes_share < 1:
             raise ConfigError(f"lanes_share must be from 0 to below 1, not {self.lanes_share}")
-        for name in ("threads", "microbatch_tokens", "stall_end_s", "stall_pause_s"):
+        for name in ("microbatch_tokens", "stall_end_s", "stall_pause_s"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be at least 0, not {getattr(self, name)}")
         if self.max_context is not None and self.max_context < 2:

@@ -193,9 +193,6 @@ class Engine:
 
     def _forward(self, chunks: Chunks, found: list[Reading]) -> torch.Tensor:
         """Logits [R, V] of what is to be read; those of requests set aside mean nothing."""
-        if self.config.threads:
-            large = sum(tokens for _, tokens in chunks) >= self.config.threaded_tokens
-            torch.set_num_threads(self.config.threads if large else 1)
         if self._aside is None:
             return self._model.forward(chunks, rows_of(found))
         self._aside.begin([at for at, (_, tokens) in enumerate(chunks) for _ in range(tokens)])

@@ -151,6 +151,8 @@ def test_settings_of_the_other_engine_are_refused() -> None:
         arguments(routers={"block_tokens": 32})
     with pytest.raises(ConfigError, match=r"routers\.device: vLLM runs where"):
         arguments(routers={"device": "cuda"})
+    with pytest.raises(ConfigError, match=r"routers\.microbatch_tokens: vLLM runs"):
+        arguments(routers={"microbatch_tokens": 64})
 
 
 def test_vllm_waits_longer_for_a_step_than_a_step_for_experts(
