@@ -121,7 +121,8 @@ class RoutersConfig(_Checked):
         None,
         ge=0,
         description="steps of at least twice so many tokens run as two micro-batches that take "
-        "turns, one computed while the other waits for experts; 0: never; none: 128 on CPUs, else 0",
+        "turns, one computed while the other waits for experts; 0: never; none: 128 on CPUs, "
+        "else 0",
     )
     prefix_cache: bool = Field(
         True, description="requests whose prompts begin alike share KV blocks of the beginning"
