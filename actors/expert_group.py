@@ -56,6 +56,7 @@ class ExpertGroup:
         device: str,
         slowdown: float,
         speed: float = 0.0,
+        vllm_kernels: bool = False,
     ) -> None:
         """`speed`: pairs/s that an earlier life measured; 0: measured now."""
         torch.set_num_threads(1)
@@ -70,7 +71,7 @@ class ExpertGroup:
         self._ended = threading.Event()
         self._node, address = _where()
         dtype = getattr(torch, spec.compute_dtype)
-        make = partial(ExpertShard, spec, memory_bytes, device, dtype)
+        make = partial(ExpertShard, spec, memory_bytes, device, dtype, vllm_on_cuda=vllm_kernels)
         # timed by the CPU clock there; another device's driver has threads of its own to start
         shard = gently(make) if self._gentle and device == "cpu" else make()
         self._runtime = GroupRuntime(

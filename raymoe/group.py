@@ -187,6 +187,7 @@ class GroupRuntime:
             dtype=self.shard.dtype,
             slowdown=self.slowdown,
             seconds=seconds,
+            vllm_on_cuda=self.shard.vllm_on_cuda,
         )
 
     def report(self) -> GroupReport:

@@ -67,6 +67,7 @@ def measure_speed(
     slowdown: float = 1.0,
     seconds: float = 0.3,
     layer: int = 0,
+    vllm_on_cuda: bool = False,
 ) -> GroupSpeed:
     """Time made-up experts of a layer's shape on this device, for about `seconds`.
 
@@ -75,7 +76,8 @@ def measure_speed(
     measure, and what each gets of them by then says nothing of its speed.
     """
     experts = min(4, spec.layer_specs[layer].experts)
-    shard = ExpertShard(spec, sum(spec.expert_bytes) * spec.experts, device, dtype)
+    budget_bytes = sum(spec.expert_bytes) * spec.experts
+    shard = ExpertShard(spec, budget_bytes, device, dtype, vllm_on_cuda=vllm_on_cuda)
     generator = torch.Generator().manual_seed(0)
     for expert in range(experts):
         shard.add(layer, expert, _random_record(spec, layer, generator))

@@ -10,12 +10,14 @@ import torch
 
 from raymoe.checkpoint.record import ExpertRecord
 from raymoe.checkpoint.spec import ExpertMaths, LayerSpec, ModelSpec, Source
-from raymoe.experts import compiled, grouped, panels
+from raymoe.experts import compiled, grouped, panels, vllm_cpu, vllm_cuda
 from raymoe.experts.compiled import PLAIN_SILU, CompiledKernel
 from raymoe.experts.grouped import GroupedKernel
 from raymoe.experts.kernels import ExpertKernel
 from raymoe.experts.panels import PanelKernel
 from raymoe.experts.plain import PlainKernel
+from raymoe.experts.vllm_cpu import VllmCpuKernel
+from raymoe.experts.vllm_cuda import VllmCudaKernel
 
 log = logging.getLogger(__name__)
 
@@ -24,12 +26,17 @@ MOST_BYTES = 64 << 20  # of weights timed, so that they come from memory and sta
 REPEATS = 5
 
 
-def choose_kernels(spec: ModelSpec, device: str, dtype: torch.dtype) -> list[ExpertKernel]:
-    """One kernel for each layer; layers of one shape and maths share it."""
+def choose_kernels(
+    spec: ModelSpec, device: str, dtype: torch.dtype, *, vllm_on_cuda: bool = False
+) -> list[ExpertKernel]:
+    """One kernel for each layer; layers of one shape and maths share it.
+
+    `vllm_on_cuda`: try vLLM's too, for which vLLM is imported.
+    """
     known: dict[str, ExpertKernel] = {}
     chosen = []
     for layer in spec.layer_specs:
-        names = candidates(layer, dtype, device, spec.stored_dtype)
+        names = candidates(layer, dtype, device, spec.stored_dtype, vllm_on_cuda=vllm_on_cuda)
         name = names[0]
         if len(names) > 1:
             name = fastest(spec.hidden, layer.inner, layer.maths, dtype, names, device)
@@ -40,19 +47,30 @@ def choose_kernels(spec: ModelSpec, device: str, dtype: torch.dtype) -> list[Exp
 
 
 def candidates(
-    layer: LayerSpec, dtype: torch.dtype, device: str = "cpu", stored: str = "float32"
+    layer: LayerSpec,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    stored: str = "float32",
+    *,
+    vllm_on_cuda: bool = False,
 ) -> tuple[str, ...]:
     """The kernels that can do this layer on a device; the first can do any.
 
     stored: the dtype of records; weights that are bfloat16 there need not be larger here.
     """
-    if torch.device(device).type != "cpu":
-        return ("plain", "grouped") if grouped.fits(layer) else ("plain",)
     names = ["plain"]
+    if torch.device(device).type != "cpu":
+        if grouped.fits(layer):
+            names.append("grouped")
+        if vllm_on_cuda and vllm_cuda.fits(layer):
+            names.append("vllm-cuda")
+        return tuple(names)
     if panels.fits(layer):
         names.append("panels")
     if dtype is torch.float32 and compiled.fits(layer):
         names.append("compiled bfloat16" if stored == "bfloat16" else "compiled")
+    if vllm_cpu.fits(layer, dtype):
+        names.append("vllm-cpu")
     return tuple(names)
 
 
@@ -62,6 +80,10 @@ def make(name: str, dtype: torch.dtype, device: str = "cpu") -> ExpertKernel:
         return CompiledKernel(torch.bfloat16 if name.endswith("bfloat16") else torch.float32)
     if name == "grouped":
         return GroupedKernel(device, dtype)
+    if name == "vllm-cpu":
+        return VllmCpuKernel(dtype)
+    if name == "vllm-cuda":
+        return VllmCudaKernel(device, dtype)
     return PanelKernel(dtype) if name == "panels" else PlainKernel(device, dtype)
 
 
@@ -77,7 +99,7 @@ def fastest(
     """Time the kernels on experts of this shape; 10-100 ms, once a process and shape.
 
     On other devices than the CPU they are compiled first, seconds where no earlier process has
-    done it; one that fails or gives something else than the first is left out.
+    done it. One that fails or gives something else than the first is left out.
     """
     layer = shape_only(hidden, inner, maths)
     experts = max(1, min(8, MOST_BYTES // (layer.parameters * dtype.itemsize)))
@@ -103,7 +125,7 @@ def fastest(
             found = kernel.run(layer, replicas, counts, x, token_of_pair)
             if truth is None:
                 truth = found.clone()
-            elif not on_cpu and not _alike(found, truth):
+            elif not _alike(found, truth):
                 raise ValueError("its results differ")
             for _ in range(REPEATS):
                 start = clock()
@@ -112,12 +134,15 @@ def fastest(
                     torch.cuda.synchronize(device)
                 times.append(clock() - start)
         except Exception as why:
-            if on_cpu or truth is None:
+            if truth is None:
                 raise
             log.warning("expert kernel %r is not used for %d x %d: %r", name, hidden, inner, why)
             continue
         best[name] = min(times)
-    return min(best, key=lambda name: best[name])
+    chosen = min(best, key=lambda name: best[name])
+    told = ", ".join(f"{name} {seconds * 1e6:.0f} us" for name, seconds in best.items())
+    log.info("experts of %d x %d, %s: kernel %r (%s)", hidden, inner, dtype, chosen, told)
+    return chosen
 
 
 def _alike(found: torch.Tensor, truth: torch.Tensor) -> bool:

@@ -48,13 +48,13 @@ class PanelKernel:
         hidden = layer.sources[0].shape[0]
         widths = {"up": panel_width(layer.inner), "down": panel_width(hidden)}
         return {
-            name: _cut(tensor.to(self._dtype), widths[name.removesuffix("_bias")])
+            name: cut(tensor.to(self._dtype), widths[name.removesuffix("_bias")])
             for name, tensor in record.tensors.items()
         }
 
     def record(self, layer: LayerSpec, prepared: Replica, dtype: torch.dtype) -> ExpertRecord:
         return ExpertRecord(
-            tensors={name: _uncut(tensor, name, dtype) for name, tensor in prepared.items()}
+            tensors={name: uncut(tensor, name, dtype) for name, tensor in prepared.items()}
         )
 
     def run(
@@ -88,11 +88,11 @@ class PanelKernel:
         up_panels = layer.inner * halves // panel_width(layer.inner)
         down_panels = hidden // panel_width(hidden)
 
-        def cut(buffers: Views, start: int, count: int) -> Views:
+        def views(buffers: Views, start: int, count: int) -> Views:
             return _views(buffers, start, count, up_panels, down_panels, halves)
 
         widths = hidden, layer.inner * halves, layer.inner, hidden, hidden
-        return Scratch(widths, self._dtype, "cpu", cut)
+        return Scratch(widths, self._dtype, "cpu", views)
 
 
 def _views(
@@ -119,13 +119,13 @@ def _views(
     )
 
 
-def _cut(tensor: Tensor, width: int) -> Tensor:
+def cut(tensor: Tensor, width: int) -> Tensor:
     """[K, N] -> [N/w, K, w]; a bias [N] -> [N/w, 1, w]. A copy of its own."""
     matrix = tensor if tensor.dim() == 2 else tensor.unsqueeze(0)
     panels = matrix.view(matrix.shape[0], -1, width).transpose(0, 1)
     return torch.empty(panels.shape, dtype=tensor.dtype).copy_(panels)
 
 
-def _uncut(panels: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+def uncut(panels: Tensor, name: str, dtype: torch.dtype) -> Tensor:
     matrix = panels.transpose(0, 1).to(dtype).reshape(panels.shape[1], -1)
     return matrix[0].clone() if name.endswith("_bias") else matrix.contiguous()

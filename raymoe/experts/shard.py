@@ -33,13 +33,19 @@ class ExpertShard:
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
         kernel: ExpertKernel | None = None,
+        *,
+        vllm_on_cuda: bool = False,
     ) -> None:
+        """`kernel`: for every layer; None: chosen for each, see `choose_kernels`."""
         self.spec = spec
+        self.vllm_on_cuda = vllm_on_cuda
         self.budget_bytes = budget_bytes
         self.device = device
         self.dtype = self._dtype = dtype
         self._kernels = (
-            choose_kernels(spec, device, dtype) if kernel is None else [kernel] * spec.layers
+            choose_kernels(spec, device, dtype, vllm_on_cuda=vllm_on_cuda)
+            if kernel is None
+            else [kernel] * spec.layers
         )
         # Never more than the planner reckons with (`spec.expert_bytes`), half of it where a kernel
         # keeps bfloat16 weights as they are stored.

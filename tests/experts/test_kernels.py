@@ -1,4 +1,4 @@
-"""Every kernel against the maths done slowly, in shapes that decoding and prefill make."""
+"""What is particular to a kernel, and the choice between them; what all do is in test_parity.py."""
 
 from __future__ import annotations
 
@@ -6,87 +6,25 @@ import pytest
 import torch
 
 from raymoe.checkpoint.record import ExpertRecord
-from raymoe.checkpoint.spec import ExpertMaths
 from raymoe.errors import FrameError
 from raymoe.experts import choose, compiled, panels
-from raymoe.experts.activations import ACTIVATIONS
 from raymoe.experts.choose import candidates
 from raymoe.experts.compiled import CompiledKernel
-from raymoe.experts.kernels import ExpertKernel
 from raymoe.experts.panels import PanelKernel, panel_width
 from raymoe.experts.plain import PlainKernel
 from raymoe.experts.shard import ExpertShard
 from raymoe.native import native
-from tests.experts.specs import SILU, model_spec, random_record, slow_ffn
-
-FORMS = [
-    *(ExpertMaths(activation=name) for name in ACTIVATIONS),
-    ExpertMaths(activation="relu2", gated=False),
-    ExpertMaths(activation="silu", gated=False, bias=True),
-    ExpertMaths(activation="silu", bias=True),
-    ExpertMaths(activation="silu", limit=0.5),
-    ExpertMaths(activation="silu", limit=0.5, limit_after=True),
-    ExpertMaths(activation="silu", limit=0.7, alpha=1.702, up_shift=1.0, bias=True),
-]
-
-
-HIDDEN, INNER = 320, 416  # two panels of 160; two of 208 for the gate and two for up
-
+from tests.experts.parity import HIDDEN, INNER, check_record
+from tests.experts.specs import SILU, model_spec, random_record
 
 COMPILED = [CompiledKernel()] if native() is not None else []
 NARROW = [CompiledKernel(torch.bfloat16)] if native() is not None else []
 
 
-def name_of_kernel(kernel: ExpertKernel) -> str:
-    return type(kernel).__name__ + "-bfloat16" * (kernel in NARROW)
-
-
-def name_of(maths: ExpertMaths) -> str:
-    return "-".join(
-        f"{field}={value}" for field, value in vars(maths).items() if value not in (None, False)
-    )
-
-
-@pytest.mark.parametrize("kernel", [PlainKernel(), PanelKernel()], ids=["plain", "panels"])
-@pytest.mark.parametrize("maths", FORMS, ids=name_of)
-def test_kernel_does_the_maths(kernel: ExpertKernel, maths: ExpertMaths) -> None:
-    spec = model_spec(hidden=HIDDEN, inner=INNER, maths=maths)
-    layer = spec.layer_specs[0]
-    records = [random_record(spec, 0, expert) for expert in range(3)]
-    replicas = [kernel.prepare(layer, record) for record in records]
-    counts = [1, 3, 2]
-    x = torch.randn(4, HIDDEN, generator=torch.Generator().manual_seed(1))
-    token_of_pair = torch.tensor([2, 0, 1, 3, 3, 0], dtype=torch.int32)
-    found = kernel.run(layer, replicas, counts, x, token_of_pair)
-    expert_of_pair = [0, 1, 1, 1, 2, 2]
-    truth = torch.stack(
-        [
-            slow_ffn(maths, records[expert], x[token])
-            for expert, token in zip(expert_of_pair, token_of_pair.tolist(), strict=True)
-        ]
-    )
-    torch.testing.assert_close(found.double(), truth, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("kernel", [PlainKernel(), PanelKernel(), *COMPILED], ids=name_of_kernel)
-def test_record_comes_back_bit_for_bit(kernel: ExpertKernel, stored: str) -> None:
-    _check_record(kernel, stored)
-
-
 @pytest.mark.skipif(not NARROW, reason="no C compiler here")
 def test_bfloat16_record_comes_back_from_bfloat16() -> None:
-    _check_record(NARROW[0], "bfloat16")
-
-
-def _check_record(kernel: ExpertKernel, stored: str) -> None:
-    maths = ExpertMaths(activation="silu", bias=not isinstance(kernel, CompiledKernel))
-    spec = model_spec(hidden=HIDDEN, inner=INNER, maths=maths, stored=stored)
-    layer, record = spec.layer_specs[0], random_record(spec, 0, 0)
-    back = kernel.record(layer, kernel.prepare(layer, record), getattr(torch, stored))
-    assert back.checksum == record.checksum
-    assert list(back.tensors) == list(record.tensors)
-    assert all(tensor.is_contiguous() for tensor in back.tensors.values())
+    spec = model_spec(hidden=HIDDEN, inner=INNER, stored="bfloat16")
+    check_record(NARROW[0], spec, "bfloat16")
 
 
 @pytest.mark.skipif(not COMPILED, reason="no C compiler here")

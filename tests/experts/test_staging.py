@@ -15,8 +15,8 @@ from raymoe.experts.plain import PlainKernel
 from raymoe.experts.shard import ExpertShard
 from raymoe.experts.staging import Pairs, Staging
 from tests.devices import DEVICES, HAS_CUDA, ON_CUDA
+from tests.experts.parity import FORMS, name_of
 from tests.experts.specs import model_spec, random_record, slow_ffn
-from tests.experts.test_kernels import FORMS, name_of
 
 DTYPES = {"float32": 1e-5, "bfloat16": 2e-2}  # relative error of a whole message
 
