@@ -83,7 +83,7 @@ def serve_llm(model: str, threads: int, settings: dict[str, Any] | None, pipe: A
         pipe.send((seconds, engine.apply_model(client_totals)[0] if settings else None))
 
 
-def serve_router(model: str, kind: str, settings: dict[str, Any], pipe: Any) -> None:
+def serve_router(model: str, kind: str, settings: dict[str, Any], folder: str, pipe: Any) -> None:
     """A process with the engine of a router ("router" or "embedded")."""
     os.environ.update({**ENVIRONMENT, "OMP_NUM_THREADS": "1"})
     import torch
@@ -110,7 +110,9 @@ def serve_router(model: str, kind: str, settings: dict[str, Any], pipe: Any) -> 
     if kind == "router":
         from raymoe.vllm_plugin.engine import VllmEngine
 
-        engine: Any = VllmEngine(config, spec, folder=Path(tempfile.mkdtemp()), **here)
+        board = Path(folder) / "vllm-board"
+        board.mkdir()
+        engine: Any = VllmEngine(config, spec, folder=board, **here)
     else:
         from actors.embedded import EmbeddedEngine
 
@@ -232,7 +234,8 @@ def main() -> None:
             settings = fleet.settings(Path(folder) / "secret")
             sides.append(Side("raymoe", serve_llm, str(model), 1, settings, fleet=fleet))
             for kind in ("router", "embedded"):
-                sides.append(Side(kind, serve_router, str(model), kind, settings, fleet=fleet))
+                given = (str(model), kind, settings, folder)
+                sides.append(Side(kind, serve_router, *given, fleet=fleet))
             for threads in args.threads:
                 sides.append(Side(f"vllm-{threads}", serve_llm, str(model), threads, None))
             rows = [compare(sides, vocab, s, args.turns) for s in args.streams]

@@ -11,6 +11,8 @@
 and for a router of `raymoe serve --engine vllm`
 
     engine.py     VllmEngine: AsyncLLM as the engine of a router
+    making.py     an AsyncLLM, from a deployment's settings
+    running.py    the requests that have not ended, also beyond a void step
     arguments.py  a deployment's settings as vLLM's arguments and environment
     asking.py     a request as vLLM takes it;  telling.py  vLLM's outputs as a router's events
     drawing.py    raymoe's sampler as a logits processor
@@ -18,7 +20,7 @@ and for a router of `raymoe serve --engine vllm`
 
 `register` is the entry point `vllm.general_plugins`: vLLM calls it in every process of its own.
 Without load_format="raymoe" nothing changes. Only layers, loader, ops and drawing import vLLM, and
-engine where it makes one.
+making and running where they use it.
 """
 
 from __future__ import annotations

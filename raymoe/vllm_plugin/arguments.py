@@ -31,14 +31,18 @@ def environment(config: DeploymentConfig, folder: Path | None = None) -> dict[st
     wanted = {
         "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": str(patience_s),
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # groups compute on the same cores
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # groups compute on the same cores,
+        "OMP_WAIT_POLICY": "passive",  # so threads must not keep them while they have no work
         "VLLM_USE_V2_MODEL_RUNNER": "0",  # its logits processors are of another kind
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
     }
     if folder is not None and len(os.fsencode(folder)) + _SOCKET_NAME <= _SOCKET_PATH_LIMIT:
         wanted["VLLM_RPC_BASE_PATH"] = str(folder)
-    return {name: value for name, value in wanted.items() if name not in os.environ}
+    wanted = {name: value for name, value in wanted.items() if name not in os.environ}
+    if not config.routers.num_gpus:  # whatever Ray gives its processes
+        wanted["OMP_NUM_THREADS"] = str(config.vllm.threads)
+    return wanted
 
 
 def engine_arguments(
@@ -67,7 +71,7 @@ def engine_arguments(
     )
     ranks = more.get("tensor_parallel_size", 1)
     return {
-        # said, as vLLM inside a Ray actor would choose Ray; on CPUs vLLM makes "mp" of "uni"
+        # said, as vLLM inside a Ray actor would choose Ray
         "distributed_executor_backend": "uni" if ranks == 1 else "mp",
         "dtype": routers.dtype,
         **by_device,

@@ -1,8 +1,10 @@
 """What vLLM's processes make on a machine outside of their own memory, and who removes it.
 
-vLLM removes its message rings (`/dev/shm/psm_*`, some hundred MB) and the file where its ranks meet
-(`vllm_dist_*`) when it is told to end and has the time; not when its processes are killed, and that
-is how a router may end at any moment. So what there is stands in the router's folder:
+vLLM removes its message rings (`/dev/shm/psm_*`, some hundred MB), the memory over which its ranks
+reduce (`vllm_dist_*-cpushm_*`), its semaphores (`sem.mp-*`) and the file where its ranks meet
+(`/tmp/vllm_dist_*`) at most when it is told to end and has the time; not when its processes are
+killed, and that is how a router may end at any moment. So what there is stands in the router's
+folder:
 
     owner       the router: process id, and when that process began
     traces-PID  one path a line, noted by the process of that id
@@ -22,8 +24,10 @@ from pathlib import Path
 
 _OWNER = "owner"
 _PROC = Path("/proc")
-_RING = re.compile(r"/dev/shm/psm_[0-9a-f]+")
-_OURS = re.compile(r"/dev/shm/psm_[0-9a-f]+|/.*/vllm_dist_[0-9a-f]+")
+_MEMORY = r"/dev/shm/(?:psm_[0-9a-f]+|vllm_dist_[0-9a-f]+-[\w:\[\]-]+)"
+_MAPPED = re.compile(_MEMORY)
+_SEMAPHORE = re.compile(r" (\d+) +/dev/shm/sem\.")  # inode; mapped under the name it was made by
+_OURS = re.compile(_MEMORY + r"|/dev/shm/sem\.mp-[a-z0-9_]+|/.*/vllm_dist_[0-9a-f]+")
 
 
 def mark_owner(folder: Path) -> None:
@@ -44,9 +48,16 @@ def note(folder: Path, paths: Iterable[str]) -> None:
         new.replace(file)
 
 
-def note_rings(folder: Path) -> None:
-    """Notes every ring that this process or one below it has mapped."""
-    note(folder, {ring for pid in _tree(os.getpid()) for ring in _rings(pid)})
+def note_memory(folder: Path) -> None:
+    """Notes all such memory that this process or one below it has mapped."""
+    rings: set[str] = set()
+    semaphores: set[int] = set()
+    for pid in _tree(os.getpid()):
+        with contextlib.suppress(OSError):  # it has ended, or is somebody else's
+            maps = (_PROC / str(pid) / "maps").read_text()
+            rings |= set(_MAPPED.findall(maps))
+            semaphores |= set(map(int, _SEMAPHORE.findall(maps)))
+    note(folder, rings | _named(semaphores))
 
 
 def remove_traces(folder: Path) -> None:
@@ -104,8 +115,11 @@ def _tree(root: int) -> list[int]:
     return tree
 
 
-def _rings(pid: int) -> set[str]:
-    try:
-        return set(_RING.findall((_PROC / str(pid) / "maps").read_text()))
-    except OSError:  # it has ended, or is somebody else's
-        return set()
+def _named(inodes: set[int]) -> set[str]:
+    """Python's semaphores among these."""
+    found = set()
+    for path in Path("/dev/shm").glob("sem.mp-*") if inodes else ():
+        with contextlib.suppress(OSError):
+            if path.stat().st_ino in inodes:
+                found.add(str(path))
+    return found

@@ -163,3 +163,15 @@ def test_vllm_waits_longer_for_a_step_than_a_step_for_experts(
     assert environment(config)["VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"] == "560"
     monkeypatch.setenv("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "900")
     assert "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS" not in environment(config)
+
+
+def test_only_vllm_on_cpus_is_given_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as in every process of a local Ray
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    values: dict[str, Any] = {"model": "m", "engine": "vllm", "vllm": {"threads": 3}}
+    given = environment(parse_config(values, source="test"))
+    assert (given["OMP_NUM_THREADS"], given["OMP_WAIT_POLICY"]) == ("3", "passive")
+    on_gpus = {**values, "routers": {"num_gpus": 1}}
+    assert "OMP_NUM_THREADS" not in environment(parse_config(on_gpus, source="test"))
+    with pytest.raises(ConfigError, match=r"vllm\.threads: only with"):
+        parse_config({"model": "m", "vllm": {"threads": 2}}, source="test")

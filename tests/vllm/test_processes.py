@@ -1,77 +1,140 @@
-"""vLLM as it is deployed: an engine process of its own, and two tensor-parallel workers."""
+"""Two tensor-parallel ranks in processes of their own, as the engine of a router."""
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
+from raymoe.config import parse_config
+from raymoe.vllm_plugin.engine import VllmEngine
 from tests.vllm.engines import Text, differences, engine_of, generate, prompts
 from tests.vllm.groups import Fleet
+from tests.vllm.heard import PATIENCE_S, Heard, request
 from tests.zoo import VOCAB, tiny_checkpoint
 
-PROGRAM = """
-import json, sys
-from pathlib import Path
-from tests.vllm.engines import generate, engine_of, prompts
+STALL_S = 4.0
+ASKED = prompts(VOCAB, 3)
+TOKENS = 24
 
-if __name__ == "__main__":
-    model, options = Path(sys.argv[1]), json.loads(sys.argv[2])
-    with engine_of(model, **options) as engine:
-        print(json.dumps([text.ids for text in generate(engine, prompts({vocab}, 3))]))
-"""
+pytestmark = pytest.mark.timeout(600)  # four processes that import vLLM
 
 
-@pytest.mark.timeout(600)  # four processes that import vLLM
-def test_two_ranks_in_processes_of_their_own(tmp_path: Path) -> None:
-    """Each rank finds the plugin by its entry point and has its own links and control."""
-    model = tiny_checkpoint("qwen2_moe", tmp_path, hidden_size=128, head_dim=32)
-    options = {"skip_tokenizer_init": True}
-    with engine_of(model, **options) as engine:
-        reference = generate(engine, prompts(VOCAB, 3))
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a shared expert, which every rank has a part of."""
+    folder: Path = tmp_path_factory.mktemp("model")
+    return tiny_checkpoint("qwen2_moe", folder, hidden_size=128, head_dim=32)
+
+
+@pytest.fixture(scope="module")
+def reference(model: Path) -> list[Text]:
+    """What stock vLLM makes of the prompts, in one process."""
+    with engine_of(model, skip_tokenizer_init=True) as engine:
+        return generate(engine, ASKED, TOKENS)
+
+
+@pytest.fixture(scope="module")
+def fleet(model: Path) -> Iterator[Fleet]:
     fleet = Fleet(model, {"a": lambda _, e: e % 2 == 0, "b": lambda _, e: e % 2 == 1})
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM.format(vocab=VOCAB))
-    more = {
-        **options,
-        "tensor_parallel_size": 2,
-        "load_format": "raymoe",
-        "additional_config": {"raymoe": fleet.settings(tmp_path / "secret", name="engine")},
+    yield fleet
+    fleet.close()
+
+
+@pytest.fixture(scope="module")
+def heard() -> Heard:
+    return Heard()
+
+
+@pytest.fixture(scope="module")
+def engine(
+    model: Path, fleet: Fleet, heard: Heard, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[VllmEngine]:
+    folder = tmp_path_factory.mktemp("router")
+    (folder / "board").mkdir()
+    settings = fleet.settings(folder / "secret")
+    values: dict[str, Any] = {
+        "model": str(model),
+        "engine": "vllm",
+        "secret_file": settings["secret_file"],
+        "data_plane": {"stall_limit_s": STALL_S},
+        "routers": {"max_context_tokens": 256, "kv_bytes": 1 << 26},
+        "vllm": {"engine_args": {"tensor_parallel_size": 2, "block_size": 32}},
     }
-    environment = {
-        **os.environ,
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-        "PYTHONPATH": os.getcwd(),
-    }
-    process = subprocess.Popen(
-        [sys.executable, str(program), str(model), json.dumps(more)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
+    engine = VllmEngine(
+        parse_config(values, source="test"),
+        fleet.spec,
+        name="router",
+        node=settings["node"],
+        folder=folder / "board",
+        controller=lambda: fleet.control.address,
     )
-    memory = set(os.listdir("/dev/shm"))
-    try:
-        said, _ = process.communicate(timeout=540)
-        assert process.returncode == 0, said[-6000:]
-        (line,) = [line for line in said.splitlines() if line.startswith("[[")]
-        made = [Text(ids=tuple(ids), leads=()) for ids in json.loads(line)]
-        assert differences(reference, made) == []
-        reports = {r.name: r for r in fleet.control.take_reports()}
-        assert sorted(reports) == ["engine-0", "engine-1"]
-        assert all(report.counts is not None for report in reports.values())
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        fleet.close()
-        for name in set(os.listdir("/dev/shm")) - memory:  # of killed ranks; their end clears them
-            if name.startswith("vllm_dist_"):
-                Path("/dev/shm", name).unlink(missing_ok=True)
+    engine.start(heard, heard.dead.set)
+    fleet.wait_until_used()
+    yield engine
+    engine.close()
+
+
+def ask(engine: VllmEngine, heard: Heard, name: str) -> list[Text]:
+    for number, prompt in enumerate(ASKED):
+        asked = request(
+            f"{name}-{number}", tuple(prompt["prompt_token_ids"]), temperature=0.0,
+            max_tokens=TOKENS,
+        )  # fmt: skip
+        engine.submit(asked)
+    return [
+        Text(ids=tuple(heard.wait(f"{name}-{number}")), leads=()) for number in range(len(ASKED))
+    ]
+
+
+def test_tokens_are_those_of_stock_vllm(
+    engine: VllmEngine, heard: Heard, fleet: Fleet, reference: list[Text]
+) -> None:
+    """Each rank finds the plugin by its entry point and has its own links and control."""
+    assert differences(reference, ask(engine, heard, "greedy")) == []
+    counted: set[str] = set()
+    end = time.monotonic() + PATIENCE_S
+    while counted != {"router-0", "router-1"}:  # both have dispatched
+        assert time.monotonic() < end, counted
+        reports = fleet.control.take_reports()
+        counted |= {r.name for r in reports if r.counts is not None and r.counts.any()}
+        time.sleep(0.05)
+
+
+def test_a_void_step_ends_its_requests_and_nothing_else(
+    engine: VllmEngine, heard: Heard, fleet: Fleet, reference: list[Text]
+) -> None:
+    """The odd experts are lost for longer than a step waits, in both ranks or in one."""
+    engine.submit(request("lost", tuple(ASKED[0]["prompt_token_ids"]), temperature=0.0,
+                          max_tokens=150))  # fmt: skip
+    heard.wait("lost", tokens=2)
+    fleet.kill("b")
+    heard.wait("lost")
+    last = heard.of("lost")[-1]
+    assert (last.finish, last.error_kind) == ("error", "unavailable")
+    told = tuple(heard.tokens("lost"))[:TOKENS]  # nothing of the void step
+    right = Text(ids=reference[0].ids[: len(told)], leads=reference[0].leads)
+    assert differences([right], [Text(ids=told, leads=())]) == []
+    fleet.add("a", fleet.every)
+    fleet.publish(b=())
+    fleet.wait_until_used()
+    assert differences(reference, ask(engine, heard, "after")) == []
+
+
+def test_the_end_leaves_nothing(engine: VllmEngine) -> None:
+    """The last test of this engine."""
+    board = engine._folder
+    noted = {line for file in board.glob("traces-*") for line in file.read_text().splitlines()}
+    shared = {path for path in noted if path.startswith("/dev/shm/") and Path(path).exists()}
+    assert any("psm_" in path for path in shared) and any("cpushm" in path for path in shared)
+    before = psutil.Process().children(recursive=True)
+    said = ("Worker", "spawn_main")  # as vLLM calls it, or as Python does
+    ranks = [p for p in before if any(word in " ".join(p.cmdline()) for word in said)]
+    assert len(ranks) >= 2, [p.cmdline() for p in before]
+    engine.close()
+    assert not psutil.wait_procs(ranks, timeout=60)[1]
+    assert not [path for path in noted if Path(path).exists()]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,16 +18,16 @@ from raymoe.config import parse_config
 from raymoe.errors import ConfigError, RequestError
 from raymoe.gateway.tokenizer import GatewayTokenizer
 from raymoe.grammar.build import regex_grammar
-from raymoe.requests import GenerationRequest, SamplingParams, TokenEvent
+from raymoe.requests import TokenEvent
 from raymoe.vllm_plugin.engine import VllmEngine
 from tests.engine.support import local_engine
 from tests.vllm.engines import prompts
 from tests.vllm.groups import Fleet
+from tests.vllm.heard import PATIENCE_S, Heard, request
 
 DEMO = Path("models/demo")
 ASKED = [tuple(prompt["prompt_token_ids"]) for prompt in prompts(vocab=4096)]
 STALL_S = 6.0
-PATIENCE_S = 180.0
 
 WAYS: list[dict[str, Any]] = [
     {"temperature": 0.0},
@@ -38,46 +37,6 @@ WAYS: list[dict[str, Any]] = [
     {"temperature": 0.0, "presence_penalty": 1.0, "logit_bias": ((11, 3.0), (12, -5.0))},
     {"temperature": 1.0, "logprobs": 3, "prompt_logprobs": 1},
 ]
-
-
-def request(name: str, prompt: tuple[int, ...], **sampling: Any) -> GenerationRequest:
-    fields = {"seed": 7, "max_tokens": 20, "ignore_eos": True, **sampling}
-    return GenerationRequest(request_id=name, prompt_ids=prompt, sampling=SamplingParams(**fields))
-
-
-class Heard:
-    """What the engine publishes."""
-
-    def __init__(self) -> None:
-        self._news = threading.Condition()
-        self._events: dict[str, list[TokenEvent]] = {}
-        self.dead = threading.Event()
-
-    def __call__(self, events: Any) -> None:
-        with self._news:
-            for event in events:
-                self._events.setdefault(event.request_id, []).append(event)
-            self._news.notify_all()
-
-    def of(self, name: str) -> list[TokenEvent]:
-        with self._news:
-            return list(self._events.get(name, ()))
-
-    def tokens(self, name: str) -> list[int]:
-        return [token for event in self.of(name) for token in event.token_ids]
-
-    def wait(self, name: str, tokens: int | None = None) -> list[int]:
-        """Until it has ended, or has so many tokens."""
-
-        def there() -> bool:
-            events = self._events.get(name, ())
-            if tokens is not None and sum(len(e.token_ids) for e in events) >= tokens:
-                return True
-            return bool(events) and events[-1].finish is not None
-
-        with self._news:
-            assert self._news.wait_for(there, PATIENCE_S), f"{name} does not go on"
-        return self.tokens(name)
 
 
 @pytest.fixture(scope="module")
@@ -275,7 +234,7 @@ def test_the_end_of_vllm_is_noticed(engine: VllmEngine, heard: Heard) -> None:
     children = psutil.Process().children(recursive=True)
     said = ("EngineCore", "spawn_main")  # as vLLM calls it, or as Python does
     cores = [p for p in children if any(word in " ".join(p.cmdline()) for word in said)]
-    assert cores, [(p.name(), p.cmdline()) for p in children]
+    assert len(cores) == 1, [(p.name(), p.cmdline()) for p in children]  # its worker is in it
     os.kill(cores[0].pid, signal.SIGKILL)
     assert heard.dead.wait(PATIENCE_S)
     assert engine.died

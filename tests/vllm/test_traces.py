@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from raymoe.vllm_plugin.arguments import environment
 from raymoe.vllm_plugin.traces import (
     mark_owner,
     note,
-    note_rings,
+    note_memory,
     remove_traces,
     remove_traces_of_dead,
 )
@@ -42,10 +43,10 @@ sys.stdin.read()
 """
 
 
-@pytest.fixture
-def ring() -> Iterator[Path]:
-    """A ring as vLLM makes them; this process does not map it."""
-    path = Path(f"/dev/shm/psm_{uuid.uuid4().hex[:8]}")
+@pytest.fixture(params=["psm_{}", "vllm_dist_{}-tp:0-[0-1]-cpushm_0"])
+def ring(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """Memory as vLLM makes it; this process does not map it."""
+    path = Path("/dev/shm", request.param.format(uuid.uuid4().hex[:8]))
     path.write_bytes(bytes(4096))
     yield path
     path.unlink(missing_ok=True)
@@ -78,28 +79,34 @@ def _ended(process: subprocess.Popen[str]) -> None:
 def test_rings_of_processes_below_are_noted_and_removed(folder: Path, ring: Path) -> None:
     process = _started(MAPS_A_RING, ring)
     try:
-        note_rings(folder)
+        note_memory(folder)
     finally:
         _ended(process)
-    note_rings(folder)  # nothing more; what was noted stays
+    note_memory(folder)  # nothing more; what was noted stays
     assert str(ring) in (folder / f"traces-{os.getpid()}").read_text().splitlines()
     remove_traces(folder)
     assert not ring.exists()
     remove_traces(folder)  # again: nothing to do
 
 
-def test_pythons_segments_are_called_so() -> None:
-    """vLLM lets Python name its rings."""
+def test_pythons_segments_are_called_so(folder: Path) -> None:
+    """vLLM lets Python name its rings and semaphores."""
     assert shared_memory._SHM_NAME_PREFIX == "/psm_"  # type: ignore[attr-defined]
+    lock = multiprocessing.get_context("spawn").Lock()
+    note_memory(folder)
+    noted = (folder / f"traces-{os.getpid()}").read_text()
+    name = lock._semlock.name.removeprefix("/")  # type: ignore[attr-defined]
+    assert f"/dev/shm/sem.{name}" in noted.splitlines()
 
 
 def test_only_what_vllm_may_have_made_is_removed(folder: Path, tmp_path: Path) -> None:
     other, meeting = tmp_path / "other", tmp_path / f"vllm_dist_{uuid.uuid4().hex}"
-    for path in (other, meeting):
+    semaphore = Path(f"/dev/shm/sem.mp-{uuid.uuid4().hex[:8]}")
+    for path in (other, meeting, semaphore):
         path.write_text("x")
-    note(folder, [str(other), str(meeting), "/dev/shm/psm_../x", ""])
+    note(folder, [str(other), str(meeting), str(semaphore), "/dev/shm/psm_../x", ""])
     remove_traces(folder)
-    assert other.exists() and not meeting.exists()
+    assert other.exists() and not meeting.exists() and not semaphore.exists()
 
 
 def test_what_a_router_that_lives_uses_stays_until_it_is_killed(folder: Path, ring: Path) -> None:
