@@ -4,8 +4,8 @@ A group that starts beside groups and routers that serve takes their cores for s
 torch alone is more than one. On Linux niceness is a thread's own, and a process without privileges
 may raise it but never lower it again; so the thread ends with the work. On a machine with other
 work, two busy processes on two cores kept 0.72 and 0.42 of their CPU time while a third imported
-what a group needs, and 0.88 and 0.52 when it did so gently. Not for a process that serves: a thread
-of low priority may be kept waiting while it holds Python's lock.
+what a group needs, and 0.88 and 0.52 when it did so at niceness 5. Not for a process that serves:
+a thread of low priority may be kept waiting while it holds Python's lock.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -85,6 +86,7 @@ class ControlLoop:
         self._placed = False
         self._seen = -1  # the keeper's changes at the last step
         self._stepped_s = self._looked_s = 0.0
+        self._give_up_s = math.inf  # when a group that is away is not waited for any longer
 
     # ---- one round
 
@@ -96,11 +98,11 @@ class ControlLoop:
 
     def turn(self, timeout_s: float) -> None:
         """Waits for news up to `timeout_s`; steps when there are any, or it is time."""
-        self.keeper.tend(timeout_s)
+        self.keeper.tend(max(min(timeout_s, self._give_up_s - self._clock()), 0.0))
         with self.lock:
             now = self._clock()
             self._look_around(now)
-            news = self.keeper.changes != self._seen
+            news = self.keeper.changes != self._seen or now >= self._give_up_s
             if not news and now - self._stepped_s < self._config.placement.interval_s:
                 return
             self._seen, self._stepped_s = self.keeper.changes, now
@@ -149,7 +151,7 @@ class ControlLoop:
         # What nobody serves is restored soon; further copies can wait for the group to come back,
         # instead of being made elsewhere and then made again when it is there.
         wait_s = max(place.restore_s, place.return_s) if self._all_served() else place.restore_s
-        give_up(self.groups.values(), wait_s, now)
+        self._give_up_s = give_up(self.groups.values(), wait_s, now)
         groups = counted(self.groups.values())
         if not groups:
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
@@ -20,11 +21,18 @@ from raymoe.config import DeploymentConfig
 _SAME_SPEED = 0.25  # speeds measured at start this close to the fastest's are taken for equal
 
 
-def give_up(groups: Iterable[LiveGroup], patience_s: float, now: float) -> None:
-    """Marks those that have been away for longer: plans do without them until they are up."""
+def give_up(groups: Iterable[LiveGroup], patience_s: float, now: float) -> float:
+    """Marks those that have been away for longer: plans do without them until they are up.
+
+    Returns when the next of those that were up will have been away so long; inf: none.
+    """
+    next_s = math.inf
     for group in groups:
-        away_s = 0.0 if group.gone_since_s is None else now - group.gone_since_s
-        group.given_up = not group.up and (group.given_up or away_s > patience_s)
+        until_s = math.inf if group.gone_since_s is None else group.gone_since_s + patience_s
+        group.given_up = not group.up and (group.given_up or now >= until_s)
+        if group.was_up and not group.up and not group.given_up:
+            next_s = min(next_s, until_s)
+    return next_s
 
 
 def counted(groups: Iterable[LiveGroup]) -> list[LiveGroup]:

@@ -10,7 +10,7 @@ from raymoe.checkpoint.spec import ModelSpec
 from raymoe.config import DeploymentConfig
 
 _CALL_BYTES = 256 << 20  # a group is asked for about so much at a time
-_CALL_S = 1.0  # ... and for no more than copies may bring in so long
+_CALL_S = 2.0  # ... and for no more than copies may bring in so long
 _MOST_LOADS = 32
 
 

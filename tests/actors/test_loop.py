@@ -118,6 +118,15 @@ def test_further_copies_are_made_elsewhere_when_a_group_stays_away(tmp_path: Pat
     assert w.loop.groups["g1"].given_up, "and it is not waited for again, now that all is served"
 
 
+def test_the_loop_does_not_sleep_over_the_end_of_its_patience(tmp_path: Path) -> None:
+    w = world(tmp_path, groups=3, restore_s=0.1, interval_s=30, live=False)
+    w.turns(400)
+    w.cluster.full = True
+    w.cluster.of("g1").die()
+    w.turns(10, step_s=0.05)
+    assert w.served(), "long before the next look at the fleet"
+
+
 def test_what_nobody_serves_is_not_waited_for(tmp_path: Path) -> None:
     w = world(tmp_path, groups=4, copies=2, restore_s=0.5, return_s=1000, live=False)
     w.turns()

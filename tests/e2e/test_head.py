@@ -40,13 +40,13 @@ def test_the_head_is_lost_and_comes_back(tmp_path: Path) -> None:
 
             nodes.head_down()
             assert client.ask("In the beginning", 120) == before
-            with Wave(client, ["In the beginning"] * 2, 120) as wave:
+            with Wave(client, ["In the beginning"], 120) as wave:
                 time.sleep(0.2)
                 os.kill(second["pid"], signal.SIGKILL)
                 restored = wait_for(lambda: bool(running.get("/status")["ready"]), 5)
                 print(f"restored while the head was away: {restored}")
                 nodes.head_up()  # after 15 s `raymoe serve` would take Ray for lost
-            assert wave.texts() == [before] * 2
+            assert wave.texts() == [before]
 
             def back() -> bool:
                 return all(g["state"] == "ready" for g in running.get("/status")["groups"])
