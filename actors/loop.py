@@ -103,6 +103,8 @@ class ControlLoop:
             now = self._clock()
             self._look_around(now)
             news = self.keeper.changes != self._seen or now >= self._give_up_s
+            if now >= self._give_up_s:
+                self._give_up_s = math.inf  # until the next look at the groups says otherwise
             if not news and now - self._stepped_s < self._config.placement.interval_s:
                 return
             self._seen, self._stepped_s = self.keeper.changes, now

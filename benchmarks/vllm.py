@@ -86,6 +86,7 @@ def serve_llm(model: str, threads: int, settings: dict[str, Any] | None, pipe: A
 def serve_router(model: str, kind: str, settings: dict[str, Any], folder: str, pipe: Any) -> None:
     """A process with the engine of a router ("router" or "embedded")."""
     os.environ.update({**ENVIRONMENT, "OMP_NUM_THREADS": "1"})
+    del os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"]  # as in a router
     import torch
 
     from raymoe.checkpoint.reader import read_spec

@@ -216,8 +216,9 @@ class ExpertClient:
                     self._settler.take(events)
                     if _now() > batch.deadline_s:
                         self._settler.strike(batch)
-                    if not batch.open_pairs:
-                        self._sender.finish(batch)
+            if batch.arenas:
+                with self._lock:
+                    self._sender.finish(batch)
             return batch.result()
         finally:
             self.stats.combined(batch.layer, waited_s, _clock() - started - waited_s)

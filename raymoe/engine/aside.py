@@ -87,7 +87,8 @@ class SettingAside:
         try:
             others_turn()
         except BaseException:  # it has failed, and this half of the step ends with it
-            self._abandon(sent)
+            if sent is not None and not isinstance(sent, ExpertsUnavailable):
+                self._abandon(sent)
             raise
         if self._owners is None:
             return self._wait(call, sent)
@@ -109,9 +110,12 @@ class SettingAside:
     def _for_the_others(self, call: _LayerCall, error: ExpertsUnavailable | None) -> Tensor:
         layer, hidden, expert_ids, gate_weights = call
         out = torch.zeros_like(hidden)
+        # Then the error may be of rows that the other micro-batch has set aside meanwhile.
+        others = self._going is not None
         while True:
             if error is not None:
-                self._set_aside(error, expert_ids)
+                self._set_aside(error, expert_ids, others)
+                others = False
             assert self._going is not None
             going = self._going[rows_here()]
             times = len(hidden) // len(going)  # Llama 4 sends a row a pair
@@ -128,8 +132,11 @@ class SettingAside:
             except ExpertsUnavailable as found:
                 error = found
 
-    def _set_aside(self, error: ExpertsUnavailable, expert_ids: Tensor) -> None:
-        """Take the requests whose rows need the experts of `error` out of this step."""
+    def _set_aside(self, error: ExpertsUnavailable, expert_ids: Tensor, others: bool) -> None:
+        """Take the requests whose rows need the experts of `error` out of this step.
+
+        others: they may be out of it already. Raises `error` when nobody is left, or needs them.
+        """
         owners, here = self._owners, rows_here()
         assert owners is not None
         needs = torch.isin(expert_ids, torch.tensor(error.experts)).any(-1)
@@ -137,6 +144,8 @@ class SettingAside:
         if self._going is not None:
             needs &= self._going[here]
         found = set(owners[here][needs].tolist())
+        if not found and others:
+            return
         if not found:  # nobody asked for them: trying again would never end
             raise error
         self.lost.update(dict.fromkeys(found, error))

@@ -7,10 +7,13 @@ attention ahead of the second, whose rows may thus belong to the same sequences.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 from greenlet import getcurrent, greenlet
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 ALL = slice(None)
 
@@ -48,11 +51,20 @@ def in_turns(
             if not each.dead:
                 each.other = None
                 each.switch()
-    finally:
+    except BaseException:
         for each in (ahead, behind):
             if each and not each.dead:
-                each.throw()
+                _end(each)
+        raise
     return [results[0], results[1]]
+
+
+def _end(waiting: _MicroBatch) -> None:
+    """What fails at the end of a step that has failed is not what the step is about."""
+    try:
+        waiting.throw()
+    except Exception:
+        log.exception("a micro-batch of a failed step did not end well")
 
 
 def rows_here() -> slice:

@@ -48,6 +48,7 @@ async def make_llm(
         settings = AsyncEngineArgs(**arguments).create_engine_config()
     except (TypeError, ValueError, AssertionError) as error:
         raise ConfigError(f"vLLM refuses its arguments: {_line(error)}") from error
+    _in_one_process(settings, arguments["distributed_executor_backend"])
     check_config(settings, config.data_plane.stall_limit_s, envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS)
     try:
         return AsyncLLM.from_vllm_config(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from raymoe.checkpoint.dense import load_dense
 from raymoe.checkpoint.reader import read_spec
@@ -44,6 +45,9 @@ class Lossy:
         if needed:
             return [ExpertsUnavailable(layer, tuple(expert for _, expert in needed), 0.2)]
         return self._experts.dispatch(layer, hidden, expert_ids, gate_weights)
+
+    def abandon(self, pending: Any) -> None:
+        assert isinstance(pending, Tensor | list)
 
     def combine(self, pending: Any) -> Any:
         if isinstance(pending, list):
@@ -134,6 +138,36 @@ def test_experts_that_come_and_go(qwen: tuple[Lossy, Engine]) -> None:
             break
     lossy.away = set()
     assert outcomes == alone
+    assert engine.pool.used == 0
+
+
+@pytest.mark.parametrize("says_so", [False, True])
+def test_a_prompt_cut_in_two_is_set_aside_beside_others(says_so: bool, tmp_path: Path) -> None:
+    """Both micro-batches have rows of it, and ask before either knows: no step is lost by that."""
+    path = tiny_checkpoint("qwen3_moe", tmp_path)
+    lossy, engine = make(path, prefix_cache=False, microbatch_tokens=3)
+    decoding, long = request("0", prompt(2, 9), max_tokens=6), request("long", prompt(30, 7))
+    alone, needs = {}, []
+    for each in (decoding, long):
+        lossy.asked = set()
+        alone.update(run(engine, [each]))
+        needs.append(lossy.asked)
+    asked_twice = 0
+    for lost in sorted(needs[1] - needs[0]):
+        outcomes = {"0": Outcome(), "long": Outcome()}
+        engine.add(decoding)
+        steps(engine, outcomes, 2)
+        lossy.away, lossy.says_so, lossy.refused = {lost}, says_so, 0
+        engine.add(long)
+        for step in range(3):
+            steps(engine, outcomes, 1)
+            assert len(outcomes["0"].tokens) == 3 + step
+            asked_twice += step == 0 and lossy.refused == 2
+        assert outcomes["long"].finish is None
+        lossy.away = set()
+        finish(engine, outcomes)
+        assert outcomes == alone
+    assert asked_twice >= 3 or says_so
     assert engine.pool.used == 0
 
 

@@ -72,7 +72,7 @@ def resolve(case: Case) -> tuple[bool | None, str]:
         told = ", ".join(f"{name} {found[name]}" for name in SHOWN if name in found)
         return not case.refused, told
     why = " ".join(done.stderr.split())
-    if "No solution found" not in why:
+    if "No solution found" not in why or "not found in the package registry" in why:
         return None, why[:400]
     return bool(case.refused) and case.refused in why, why[:400]
 

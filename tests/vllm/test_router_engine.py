@@ -69,18 +69,20 @@ def engine(
         },
         source="test",
     )
-    engine = VllmEngine(
-        config,
-        fleet.spec,
-        name="router",
-        node=settings["node"],
-        folder=folder / "board",
-        controller=lambda: fleet.control.address,
-    )
-    engine.start(heard, heard.dead.set)
-    fleet.wait_until_used()
-    yield engine
-    engine.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING")  # as in a router's process
+        engine = VllmEngine(
+            config,
+            fleet.spec,
+            name="router",
+            node=settings["node"],
+            folder=folder / "board",
+            controller=lambda: fleet.control.address,
+        )
+        engine.start(heard, heard.dead.set)
+        fleet.wait_until_used()
+        yield engine
+        engine.close()
 
 
 @pytest.fixture(scope="module")
