@@ -18,6 +18,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from uv import find_uv_bin
@@ -50,7 +51,7 @@ CASES = [
 ]
 
 
-def resolve(case: Case) -> tuple[bool | None, str]:
+def resolve(case: Case, uv: str) -> tuple[bool | None, str]:
     """Whether it is as documented, None when that could not be found out; and what to say of it."""
     requirements = [*_own(), *case.wants]
     index = os.environ.get("PIP_INDEX_URL")
@@ -58,7 +59,7 @@ def resolve(case: Case) -> tuple[bool | None, str]:
         wanted = Path(folder) / "wanted.in"
         wanted.write_text("\n".join(requirements))
         command = [
-            find_uv_bin(), "pip", "compile", "--quiet", str(wanted), "--no-build", "--no-header",
+            uv, "pip", "compile", "--quiet", str(wanted), "--no-build", "--no-header",
             "--no-annotate", "--python-version", case.python, "--python-platform", PLATFORM,
             "--cache-dir", str(Path(sys.prefix) / ".uv-cache"),
             *(["--default-index", index] if index else []),
@@ -88,8 +89,9 @@ def _own() -> list[str]:
 
 def main() -> int:
     """Prints a line for each combination."""
+    uv = find_uv_bin()  # not in the threads: sysconfig is set up by whoever asks first
     with ThreadPoolExecutor(4) as several:
-        answers = list(several.map(resolve, CASES))
+        answers = list(several.map(partial(resolve, uv=uv), CASES))
     words = {True: "as documented", False: "NOT AS DOCUMENTED", None: "not checked"}
     for case, (right, told) in zip(CASES, answers, strict=True):
         print(f"{words[right]}: Python {case.python}, {', '.join(case.wants)}: {told}")
