@@ -99,13 +99,15 @@ class ExpertGroup:
 
     def ping(self, term: int) -> dict[str, Any]:
         """Answers: this process is not hung. What it has done since the last ping:
-        {"samples": [(pairs, active experts, busy seconds)], "queued_pairs"}; and "busy_s", the
-        seconds it has computed since it started."""
+        {"samples": [(pairs, active experts, busy seconds)], "queued_pairs"}; and since it started
+        "busy_s", the seconds it has computed, and "served_since", Unix time of the first message.
+        """
         self._obey(term)
         return {
             "samples": self._runtime.take_samples(),
             "queued_pairs": self._runtime.server.queued()[0],
             "busy_s": self._runtime.busy_s,
+            "served_since": self._runtime.served_since,
         }
 
     def describe(self) -> dict[str, Any]:

@@ -51,6 +51,7 @@ class LiveGroup:
     queued_pairs: int = 0
     busy: float = 0.0  # part of its time that it computes, smoothed over some seconds
     worked: tuple[float, float] | None = None  # busy seconds since its start, and when it said so
+    served_since: float | None = None  # Unix seconds of this life's first message
     samples: list[Sample] = field(default_factory=list)  # not looked at yet
     deaths: int = 0
     deaths_in_a_row: int = 0  # without having been ready in between

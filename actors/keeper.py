@@ -234,7 +234,7 @@ class GroupKeeper:
         group.resident[:] = False
         group.loading[:] = False
         group.resident_bytes = group.queued_pairs = 0
-        group.busy, group.worked = 0.0, None
+        group.busy, group.worked, group.served_since = 0.0, None, None
         group.samples.clear()
 
     def _watch(self, group: LiveGroup) -> None:
@@ -323,6 +323,7 @@ class GroupKeeper:
                         group.heard_s = self._clock()
                         group.queued_pairs = answer["queued_pairs"]
                         group.has_worked(answer["busy_s"], self._clock())
+                        group.served_since = answer["served_since"]
                         group.samples += answer["samples"]
                         del group.samples[:-_MOST_SAMPLES]
 

@@ -30,6 +30,7 @@ def group_row(group: LiveGroup) -> dict[str, Any]:
         "replicas": int(group.resident.sum()),
         "queued_pairs": group.queued_pairs,
         "busy": round(group.busy, 3),
+        "served_since": group.served_since,
         "incarnation": group.incarnation,
         "deaths": group.deaths,
         "last_error": group.last_error,

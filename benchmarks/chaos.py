@@ -13,6 +13,9 @@ groups are ready too. Full speed: from when on 2 s bring nine tenths of the toke
 Where groups share the machine's cores with the routers, the new group's start takes CPU time from
 those that serve. Three figures tell that apart:
 
+--every-s  each of the streams asks so often, and no more: a load below what the fleet can do, so
+           that capacity remains (else the streams take what there is). The window should be a
+           multiple of it
 --shams N  as many rounds in which nothing is killed: what the throughput of two windows differs by
 --hold     the new group's process is stopped (SIGSTOP) as soon as it is there, and goes on after
            the window: what is lost then is not its start
@@ -75,6 +78,7 @@ def main() -> None:
     parser.add_argument("--hold", action="store_true")
     parser.add_argument("--only", nargs="+", choices=list(_COPIES), default=list(_COPIES))
     parser.add_argument("--window-s", type=float, default=30.0)
+    parser.add_argument("--every-s", type=float, default=0.0)
     parser.add_argument("--settle-s", type=float, default=10.0, help="before the first round")
     args = parser.parse_args()
     results = {
@@ -102,7 +106,9 @@ def scenario(args: argparse.Namespace, copies: int) -> dict[str, Any]:
     kills, shams = [], []
     with Server(settings) as server:
         server.wait(lambda: _home(server, copies))
-        with Load(server.port, args.streams, args.tokens, list(DOMAINS), args.model) as load:
+        with Load(
+            server.port, args.streams, args.tokens, list(DOMAINS), args.model, args.every_s
+        ) as load:
             time.sleep(args.settle_s)
             shams = [kill(args, server, load, copies, None) for _ in range(args.shams)]
             kills = [

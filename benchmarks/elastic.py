@@ -7,14 +7,16 @@ then `--model FOLDER --routers 2 --copy-mb-s 15`.
 
 migrate  one of four groups is drained and brought back, so a quarter of all experts is copied,
          at `--copy-mb-s`: p99 of the gaps between tokens meanwhile against a quiet time
-grow     2 -> 4 groups and back: seconds from the decision to the first replicas in use there;
-         throughput before, with four, after; failed requests
+grow     2 -> 4 groups and back: seconds from the decision to the first token a new group had a part
+         in, and until both are in the table; throughput before, with four, after; failed requests
 shift    one group takes `--slow` times as long, and the traffic turns from one domain to another:
          tokens/s of a static placement, of an EPLB-like one (live, but blind to speeds) and of the
          controller, in turns on the same machine (`--modes` for some of them)
-day      the number of streams rises and falls; group-seconds used with autoscaling and with as many
-         groups as the peak needs, and the gaps between tokens of both. `--slow` holds for all
-         groups, so that they are busy at all
+day      the number of streams rises and falls, a level for `--hour-s`; group-seconds used with
+         autoscaling and with four groups all the time, and the gaps between tokens of both, over
+         all and by level. `--slow` holds for all groups, so that they are busy at all; `--high`,
+         `--target` and `--low` are the autoscaler's. Equal latency needs a `--high` no higher than
+         the busiest of the four groups has at the peak (`busy` of the first row)
 """
 
 from __future__ import annotations
@@ -51,6 +53,10 @@ def main() -> None:
         "this machine's cores",
     )
     parser.add_argument("--copy-mb-s", type=float, default=1.0)
+    parser.add_argument("--hour-s", type=float, default=15.0)
+    parser.add_argument("--high", type=float, default=0.8)
+    parser.add_argument("--target", type=float, default=0.6)
+    parser.add_argument("--low", type=float, default=0.4)
     parser.add_argument("--modes", nargs="+", choices=list(_MODES), default=list(_MODES))
     parser.add_argument("--only", nargs="+", choices=["migrate", "grow", "shift", "day"])
     args = parser.parse_args()
@@ -104,12 +110,13 @@ def grow(args: argparse.Namespace) -> dict[str, Any]:
     }
     with Server(settings) as server, _load(server, args) as load:
         spans = [_quiet(args)]
-        asked = time.monotonic()
+        asked, asked_unix = time.monotonic(), time.time()
         server.post("/scale", {"groups": 4})
-        first = server.wait(lambda: bool(_used(server) & {"g2", "g3"}), 300)
         server.wait(lambda: {"g2", "g3"} <= _used(server), 300)
         both = time.monotonic() - asked
         spans.append(_quiet(args))
+        # when a group computed its first message: the token of that step comes a few ms later
+        served = sorted(server.groups()[g]["served_since"] - asked_unix for g in ("g2", "g3"))
         shrunk = time.monotonic()
         server.post("/scale", {"groups": 2})
         server.wait(lambda: len(server.groups()) == 2, 300)
@@ -117,8 +124,9 @@ def grow(args: argparse.Namespace) -> dict[str, Any]:
         spans.append(_quiet(args))
     rates = [load.rate(*span) for span in spans]
     result = {
-        "first_in_use_s": first,
-        "both_in_use_s": both,
+        "first_token_s": served[0],
+        "both_serve_s": served[1],
+        "both_in_table_s": both,
         "shrink_s": shrink,
         "tokens_per_s_2": rates[0],
         "tokens_per_s_4": rates[1],
@@ -186,8 +194,7 @@ def shift(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-_DAY = (1, 2, 4, 8, 8, 4, 2, 1)  # eighths of --streams at work, for so long each:
-_HOUR_S = 15.0
+_DAY = (1, 2, 4, 8, 8, 4, 2, 1)  # eighths of --streams at work, for --hour-s each
 
 
 def day(args: argparse.Namespace) -> dict[str, Any]:
@@ -209,44 +216,68 @@ def day(args: argparse.Namespace) -> dict[str, Any]:
             "placement": {
                 "autoscale": {
                     "enabled": name == "autoscaled",
+                    "high": args.high,
+                    "target": args.target,
+                    "low": args.low,
                     "up_after_s": 2.0,
                     "down_after_s": 10.0,
                     "cool_down_s": 5.0,
                 }
             },
         }
-        counts: list[tuple[float, int, float]] = []
+        looks: list[tuple[float, int, float]] = []  # when, groups, the busiest
+        levels: list[tuple[int, float, float]] = []  # streams, from, until
         with Server(settings) as server, _load(server, args) as load:
-            began = time.monotonic()
             for part in _DAY:
                 load.active = max(1, part * args.streams // 8)
-                until = time.monotonic() + _HOUR_S
-                while time.monotonic() < until:
+                since = now = time.monotonic()
+                while now < since + args.hour_s:
                     groups = server.groups().values()
-                    busiest = max(g["busy"] for g in groups)
-                    counts.append((time.monotonic() - began, len(groups), busiest))
+                    looks.append((now, len(groups), max(g["busy"] for g in groups)))
                     time.sleep(0.5)
-            ended = time.monotonic()
+                    now = time.monotonic()
+                levels.append((load.active, since, now))
+            began, ended = levels[0][1], levels[-1][2]
             events = [e for e in server.get("/placement/history")["events"] if "groups" in str(e)]
-        times = [at for at, _, _ in counts] + [ended - began]
+        until = [at for at, _, _ in looks[1:]] + [ended]
         gaps = load.gaps(began, ended)
         result[name] = {
-            "group_s": sum(n * (b - a) for (a, n, _), b in zip(counts, times[1:], strict=True)),
-            "most_groups": max(n for _, n, _ in counts),
-            "last_groups": counts[-1][1],
+            "group_s": sum(n * (b - a) for (a, n, _), b in zip(looks, until, strict=True)),
+            "most_groups": max(n for _, n, _ in looks),
             "tokens": load.rate(began, ended) * (ended - began),
             "gap_p50_s": percentile(gaps, 50),
             "gap_p99_s": percentile(gaps, 99),
             "longest_gap_s": percentile(gaps, 100),
             "failed": len(load.failures),
-            "groups": [(round(at), n, busiest) for at, n, busiest in counts[::10]],
-            "events": events[:20],
+            "levels": [_level(load, looks, *level) for level in levels],
+            "looks": [(round(at - began, 1), n, busiest) for at, n, busiest in looks[::4]],
+            "events": events[:40],
         }
     print("day: streams come and go, and so do groups")
     header = ("fleet", "group s", "most", "tokens", "gap p50 s", "p99 s", "failed")
     keys = ("group_s", "most_groups", "tokens", "gap_p50_s", "gap_p99_s", "failed")
     print(table(header, [(n, *(r[k] for k in keys)) for n, r in result.items()]))
+    header = ("fleet", "streams", "groups", "busy", "tok/s", "gap p50 s", "p99 s")
+    keys = ("streams", "groups", "busy", "tokens_per_s", "gap_p50_s", "gap_p99_s")
+    levels = [(n, *(row[k] for k in keys)) for n, r in result.items() for row in r["levels"]]
+    print(table(header, levels))
     return result
+
+
+def _level(
+    load: Load, looks: list[tuple[float, int, float]], streams: int, since: float, until: float
+) -> dict[str, float]:
+    """One level of the day: streams at work, groups and the busiest on average, what came of it."""
+    inside = [(n, busiest) for at, n, busiest in looks if since <= at < until]
+    gaps = load.gaps(since, until)
+    return {
+        "streams": streams,
+        "groups": statistics.mean(n for n, _ in inside),
+        "busy": statistics.mean(busiest for _, busiest in inside),
+        "tokens_per_s": load.rate(since, until),
+        "gap_p50_s": percentile(gaps, 50),
+        "gap_p99_s": percentile(gaps, 99),
+    }
 
 
 def _load(server: Server, args: argparse.Namespace) -> Load:

@@ -140,10 +140,21 @@ class Load:
     """`streams` requests at any time, each followed by the next, until the block ends."""
 
     def __init__(
-        self, port: int, streams: int, tokens: int, domains: list[str], model: str = ""
+        self,
+        port: int,
+        streams: int,
+        tokens: int,
+        domains: list[str],
+        model: str = "",
+        every_s: float = 0.0,
     ) -> None:
-        """`model`: its folder, where prompts.json may have prompts by domain."""
+        """`model`: its folder, where prompts.json may have prompts by domain.
+
+        `every_s`: each stream asks at its own fixed times, so long apart, however fast the answers
+        come (at once when the last one took longer): a load that is offered, not a full machine.
+        """
         self._port, self._streams, self._tokens = port, streams, tokens
+        self._every_s = every_s
         self.domains = domains  # may be changed while it runs, and so may
         self.active = streams  # how many of the streams go on
         stored = Path(model) / "prompts.json"
@@ -199,10 +210,12 @@ class Load:
 
     async def _one_after_another(self, number: int) -> None:
         turn = number
+        due = time.monotonic() + self._every_s * number / self._streams
         while not self._stop.is_set():
-            if number >= self.active:
-                await asyncio.sleep(0.1)
+            if number >= self.active or time.monotonic() < due:
+                await asyncio.sleep(min(0.1, max(0.0, due - time.monotonic())) or 0.1)
                 continue
+            due += self._every_s
             domain = self.domains[turn % len(self.domains)]
             stream = Stream()
             self.done.append(stream)

@@ -97,6 +97,7 @@ class GroupRuntime:
         if self._compute_at is not None and identity.hidden != spec.hidden:
             raise ConfigError(f"the wire carries {identity.hidden} numbers, experts {spec.hidden}")
         self._busy_s = 0.0
+        self._served_since: float | None = None
         self._pairs = self._messages = self._nacks = self._errors = 0
         self._samples: deque[tuple[int, int, float]] = deque(maxlen=SAMPLES)
         self._fresh: deque[tuple[int, int, float]] = deque(maxlen=SAMPLES)  # not taken yet
@@ -215,6 +216,11 @@ class GroupRuntime:
         """Seconds spent on messages since the start."""
         return self._busy_s
 
+    @property
+    def served_since(self) -> float | None:
+        """Unix seconds of the first message computed; None before it."""
+        return self._served_since
+
     def take_samples(self) -> list[tuple[int, int, float]]:
         """Timings since the last call (the latest few hundred): (pairs, active experts, busy s)."""
         with self._count_lock:
@@ -265,8 +271,7 @@ class GroupRuntime:
                 self._nacks += 1
             else:
                 self._tally(request)
-                self._pairs += call.pairs
-                self._busy_s += busy_ns * 1e-9
+                self._has_served(call.pairs, busy_ns)
                 self._timed(call.pairs, call.experts, busy_ns)
 
     def _compute(self, request: Request) -> list[int]:
@@ -294,6 +299,12 @@ class GroupRuntime:
             self._native.tally(row, request.words_address, experts)
         else:
             self._counts[layer, request.expert_ids] += request.counts
+
+    def _has_served(self, pairs: int, busy_ns: int) -> None:
+        if self._served_since is None:
+            self._served_since = time.time()
+        self._pairs += pairs
+        self._busy_s += busy_ns * 1e-9
 
     def _timed(self, pairs: int, experts: int, busy_ns: int) -> None:
         sample = pairs, experts, busy_ns * 1e-9
@@ -343,8 +354,7 @@ class GroupRuntime:
         with self._count_lock:
             self._messages += len(requests)
             self._counts[layer, joined.expert_ids] += joined.counts
-            self._pairs += len(joined.token_of_pair)
-            self._busy_s += busy_ns * 1e-9
+            self._has_served(len(joined.token_of_pair), busy_ns)
             self._timed(len(joined.token_of_pair), len(joined.expert_ids), busy_ns)
 
     # --- copies to other groups ------------------------------------------------------------

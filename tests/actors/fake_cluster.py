@@ -128,7 +128,7 @@ class Process:
 
     def _do_ping(self, term: int) -> dict[str, Any]:
         self._obey(term)
-        return {"samples": [], "queued_pairs": 0, "busy_s": self.busy_s}
+        return {"samples": [], "queued_pairs": 0, "busy_s": self.busy_s, "served_since": None}
 
     def _do_bring(
         self, pairs: list[tuple[int, int]], source: Any, limit: float | None, term: int

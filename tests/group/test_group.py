@@ -113,6 +113,8 @@ def test_two_groups_compute_the_layers(
     client = make_client(mode=mode)
     try:
         client.set_table(table_of([a, b]))
+        assert a.served_since is None
+        began = time.time()
         for seed, tokens in enumerate((1, 3, 50, 400)):  # 400: several messages
             check(client, spec, tokens, seed % LAYERS, seed)
         counts = client.take_counts()
@@ -120,6 +122,7 @@ def test_two_groups_compute_the_layers(
         assert counts.sum() == (1 + 3 + 50 + 400) * TOP_K
         assert a.report().busy_s > 0
         assert a.report().samples
+        assert a.served_since is not None and began <= a.served_since <= time.time()
     finally:
         client.close()
 
