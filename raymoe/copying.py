@@ -19,6 +19,8 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+import numpy as np
+
 from raymoe.checkpoint.record import ExpertRecord
 from raymoe.errors import CheckpointError, LinkError, PeerLost
 from raymoe.links.streams import LENGTH, checked_length, frame
@@ -85,7 +87,7 @@ def fetch_record(
     more than `max_bytes` or what arrived fails its checksum.
     """
     header = b""
-    payload = bytearray()
+    payload = _room(0)
     received = 0
     for attempt in range(attempts):
         try:
@@ -99,7 +101,7 @@ def fetch_record(
                         raise CheckpointError(
                             f"expert {expert} of MoE layer {layer} changed during its copy"
                         )
-                    header, payload = answer, bytearray(_payload_bytes(answer, max_bytes))
+                    header, payload = answer, _room(_payload_bytes(answer, max_bytes))
                 received = _receive(sock, payload, received, limit_bytes_per_s)
             if received == len(payload):
                 return ExpertRecord.from_parts(header, payload)
@@ -111,6 +113,11 @@ def fetch_record(
         if attempt + 1 == attempts:
             raise PeerLost("the group it is copied from", str(last)) from last
     raise AssertionError("unreachable")
+
+
+def _room(size: int) -> memoryview:
+    """Memory to receive into. A bytearray would be filled with zeros first."""
+    return np.empty(size, np.uint8).data
 
 
 def _payload_bytes(answer: bytes, max_bytes: int) -> int:
@@ -127,23 +134,22 @@ def _payload_bytes(answer: bytes, max_bytes: int) -> int:
 
 
 def _receive(
-    sock: socket.socket, payload: bytearray, received: int, limit_bytes_per_s: float | None
+    sock: socket.socket, payload: memoryview, received: int, limit_bytes_per_s: float | None
 ) -> int:
     """Fill `payload` from byte `received` on; how far it got, also when the peer closes."""
     started, begun = time.monotonic(), received
-    with memoryview(payload) as view:
-        while received < len(payload):
-            try:
-                got = sock.recv_into(view[received : received + CHUNK_BYTES])
-            except OSError:
-                return received
-            if not got:
-                return received
-            received += got
-            if limit_bytes_per_s is not None:
-                ahead_s = (received - begun) / limit_bytes_per_s - (time.monotonic() - started)
-                if ahead_s > 0:
-                    time.sleep(min(ahead_s, IDLE_TIMEOUT_S / 2))
+    while received < len(payload):
+        try:
+            got = sock.recv_into(payload[received : received + CHUNK_BYTES])
+        except OSError:
+            return received
+        if not got:
+            return received
+        received += got
+        if limit_bytes_per_s is not None:
+            ahead_s = (received - begun) / limit_bytes_per_s - (time.monotonic() - started)
+            if ahead_s > 0:
+                time.sleep(min(ahead_s, IDLE_TIMEOUT_S / 2))
     return received
 
 
