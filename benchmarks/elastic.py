@@ -15,8 +15,11 @@ shift    one group takes `--slow` times as long, and the traffic turns from one 
 day      the number of streams rises and falls, a level for `--hour-s`; group-seconds used with
          autoscaling and with four groups all the time, and the gaps between tokens of both, over
          all and by level. `--slow` holds for all groups, so that they are busy at all; `--high`,
-         `--target` and `--low` are the autoscaler's. Equal latency needs a `--high` no higher than
-         the busiest of the four groups has at the peak (`busy` of the first row)
+         `--target` and `--low` are the autoscaler's. Equal latency needs a `--high` not far
+         above what the busiest of the four groups has at the peak (`busy` of the first rows)
+
+`--every-s`: each stream asks so often and no more, which is a load that does not grow with the speed
+of what serves it; 0: the next request follows the last.
 """
 
 from __future__ import annotations
@@ -54,6 +57,7 @@ def main() -> None:
     )
     parser.add_argument("--copy-mb-s", type=float, default=1.0)
     parser.add_argument("--hour-s", type=float, default=15.0)
+    parser.add_argument("--every-s", type=float, default=0.0)
     parser.add_argument("--high", type=float, default=0.8)
     parser.add_argument("--target", type=float, default=0.6)
     parser.add_argument("--low", type=float, default=0.4)
@@ -282,7 +286,7 @@ def _level(
 
 def _load(server: Server, args: argparse.Namespace) -> Load:
     domains = ["scripture", "code", "proofs", "plays"]
-    return Load(server.port, args.streams, args.tokens, domains, args.model)
+    return Load(server.port, args.streams, args.tokens, domains, args.model, args.every_s)
 
 
 def _quiet(args: argparse.Namespace) -> tuple[float, float]:
