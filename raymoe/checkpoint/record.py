@@ -1,7 +1,8 @@
 """One expert's stored bytes: read from the checkpoint, checked, copied between groups.
 
 Needs torch and safetensors only. The record keeps the checkpoint's dtype, so a copy moves no more
-bytes than the file holds, and its checksum is the same in every group.
+bytes than the file holds, and its checksum is the same in every group. Where a checkpoint mixes
+dtypes all records have the widest, which rounds nothing.
 """
 
 from __future__ import annotations
@@ -187,14 +188,18 @@ def load_expert(spec: ModelSpec, layer: int, expert: int) -> ExpertRecord:
     if not 0 <= layer < spec.layers or not 0 <= expert < spec.layer_specs[layer].experts:
         raise CheckpointError(f"{spec.path} has no expert {expert} in MoE layer {layer}")
     files, of_layer = _files(spec.path), spec.layer_specs[layer]
+    dtype = getattr(torch, spec.stored_dtype)
     return ExpertRecord(
         tensors={
-            source.tensor: _read(files, of_layer, source, expert) for source in of_layer.sources
+            source.tensor: _read(files, of_layer, source, expert, dtype)
+            for source in of_layer.sources
         }
     )
 
 
-def _read(files: WeightFiles, layer: LayerSpec, source: Source, expert: int) -> torch.Tensor:
+def _read(
+    files: WeightFiles, layer: LayerSpec, source: Source, expert: int, dtype: torch.dtype
+) -> torch.Tensor:
     if source.pick == "key":
         parts = [files.tensor(key.format(expert)) for key in source.keys]
     elif source.pick == "index":
@@ -211,4 +216,4 @@ def _read(files: WeightFiles, layer: LayerSpec, source: Source, expert: int) -> 
             f"instead of {list(source.shape)}"
         )
     # A copy of our own: the memory map must not stay referenced by a record.
-    return torch.empty(source.shape, dtype=tensor.dtype).copy_(tensor)
+    return torch.empty(source.shape, dtype=dtype).copy_(tensor)

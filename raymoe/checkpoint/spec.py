@@ -106,7 +106,8 @@ class ModelSpec:
     hidden: int  # D
     top_k: int
     attention: Literal["softmax", "other"]
-    stored_dtype: str  # of an expert's record: what a quantised format becomes when it is read
+    # of experts' records: the widest of the checkpoint's, or what a quantised format becomes
+    stored_dtype: str
     compute_dtype: str
     layer_specs: tuple[LayerSpec, ...]
     quantization: str | None = None  # of the files: "mxfp4", "fp8"

@@ -139,3 +139,13 @@ def test_fp8_experts_without_scales_are_refused(tmp_path: Path) -> None:
     save_file(tensors, quantized / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"lacks the scales.*experts\.5\.up_proj"):
         read_spec(quantized)
+
+
+def test_fp8_experts_one_of_which_is_not_are_refused(tmp_path: Path) -> None:
+    quantized, _ = fp8_pair(tmp_path)
+    tensors = load_file(quantized / "model.safetensors")
+    odd = "model.layers.2.mlp.experts.3.down_proj.weight"
+    tensors[odd] = tensors[odd].bfloat16()  # its scales would be applied to what is no FP8
+    save_file(tensors, quantized / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"experts\.3\.down_proj\.weight as BF16"):
+        read_spec(quantized)

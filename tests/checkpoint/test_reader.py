@@ -17,6 +17,7 @@ from raymoe.checkpoint.reader import read_spec
 from raymoe.checkpoint.record import check_files, close_files, load_expert
 from raymoe.checkpoint.spec import ModelSpec
 from raymoe.errors import CheckpointError
+from raymoe.experts.shard import ExpertShard
 
 INDEX = "model.safetensors.index.json"
 
@@ -211,6 +212,55 @@ def test_closed_files_are_opened_again(qwen3_spec: ModelSpec) -> None:
 def test_fingerprint_changes_with_the_config(copy: Path, qwen3_spec: ModelSpec) -> None:
     edit_config(copy, rms_norm_eps=1e-4)
     assert read_spec(copy).fingerprint != qwen3_spec.fingerprint
+
+
+def stored_otherwise(path: Path, key: str, dtype: torch.dtype) -> None:
+    """Stores one tensor of the checkpoint in another dtype, its numbers changed in bits that only
+    a wider one has."""
+    index = json.loads((path / INDEX).read_text())
+    file = path / index["weight_map"][key]
+    tensors = load_file(file)
+    tensors[key] = (tensors[key].float() * 1.001).to(dtype)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("matrix", ["gate_proj", "down_proj"])
+@pytest.mark.parametrize(
+    ("dtype", "records"),
+    [
+        (torch.float32, "float32"),
+        (torch.float16, "float32"),  # neither holds the other's numbers
+        (torch.bfloat16, "bfloat16"),
+    ],
+)
+def test_mixed_dtypes_are_read_without_rounding(
+    copy: Path, matrix: str, dtype: torch.dtype, records: str
+) -> None:
+    """One matrix of one expert is not stored as all the others are."""
+    name = f"model.layers.1.mlp.experts.5.{matrix}.weight"
+    stored_otherwise(copy, name, dtype)
+    spec = read_spec(copy)
+    assert spec.stored_dtype == records
+    shard = ExpertShard(spec, budget_bytes=1 << 30)
+    file = copy / json.loads((copy / INDEX).read_text())["weight_map"][name]
+    truth = load_file(file)[name].T  # [in, out]
+    for expert in (4, 5):  # as all, and the one
+        loaded = load_expert(spec, 1, expert)
+        assert {t.dtype for t in loaded.tensors.values()} == {getattr(torch, records)}
+        shard.add(1, expert, loaded)
+        copied = shard.record(1, expert)
+        assert copied is not None and copied.checksum == loaded.checksum
+    held = copied.tensors["down"] if matrix == "down_proj" else copied.tensors["up"][:, :48]
+    assert torch.equal(held.double(), truth.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn, torch.uint8])
+def test_tensor_of_a_dtype_that_is_not_read_is_named(copy: Path, dtype: torch.dtype) -> None:
+    """Not only that of the first expert: an FP8 weight would go without its scales."""
+    stored_otherwise(copy, "model.layers.2.mlp.experts.6.up_proj.weight", dtype)
+    named = r"experts\.6\.up_proj\.weight as \w+\d, which is not"
+    with pytest.raises(CheckpointError, match=named):
+        read_spec(copy)
 
 
 def test_missing_dense_weight_is_told_when_the_dense_part_is_loaded(copy: Path) -> None:
