@@ -52,20 +52,21 @@ class RayCluster:
         return self._head.ask(draining_nodes)
 
     def kill(self, actor: ActorHandle) -> None:
-        """Ends it; not restarted."""
-        ray.kill(actor)
+        """Ends it; not restarted. Ray's head does it, soon: not waited for."""
+        self._head.tell(partial(ray.kill, actor))
 
     def kill_frozen(self, actor: ActorHandle, node: str, pid: int) -> None:
         """Ends one that may not answer: Ray asks the process to end itself, which a stopped one
         does not hear."""
-        ray.kill(actor)
+        self.kill(actor)
         if node == str(ray.get_runtime_context().get_node_id()):
             with contextlib.suppress(psutil.Error, ProcessLookupError):
                 if "ExpertGroup" in " ".join(psutil.Process(pid).cmdline()):
                     os.kill(pid, signal.SIGKILL)
 
     def close_all(self, actors: list[ActorHandle], patience_s: float) -> None:
-        """Asks all to close, waits for that, and ends them."""
+        """Asks all to close, waits for that, and ends them. Not for the control loop: it waits for
+        Ray's head, as long as that takes."""
         refs = [actor.close.remote() for actor in actors]
         if refs:
             ray.wait(refs, num_returns=len(refs), timeout=patience_s)

@@ -2,16 +2,20 @@
 
 While the GCS does not answer, Ray lets such calls wait for up to a minute. The controller, which
 has experts to restore meanwhile, waits for the first of them for `limit_s`; from then on calls
-fail at once, until that one has come back.
+fail at once, until that one has come back. What need not be waited for is told: it is done in a
+thread of its own.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+log = logging.getLogger("raymoe.controller")
 
 
 class HeadAway(ConnectionError):
@@ -72,6 +76,8 @@ class Head:
         self.limit_s: float | None = None
         self._lock = threading.Lock()
         self._last: _Call | None = None
+        self._telling = threading.Lock()
+        self._told: SimpleQueue[Callable[[], object]] | None = None
 
     def ask(self, work: Callable[[], T], undo: Callable[[T], None] | None = None) -> T:
         """What `work()` returns, or raises; HeadAway when that takes too long, or an earlier call
@@ -85,3 +91,26 @@ class Head:
             self._last = _Call(work, undo)
             result: T = self._last.result(limit_s)
             return result
+
+    def tell(self, work: Callable[[], object]) -> None:
+        """Has `work()` done without waiting for it. It is not lost while the head is away, and an
+        error is only logged."""
+        if self.limit_s is None:
+            work()
+            return
+        with self._telling:  # not the other: whoever asks holds that while it waits
+            if self._told is None:
+                self._told = SimpleQueue()
+                threading.Thread(
+                    target=_work_off, args=(self._told,), name="ray-head-told", daemon=True
+                ).start()
+        self._told.put(work)
+
+
+def _work_off(told: SimpleQueue[Callable[[], object]]) -> None:
+    while True:
+        work = told.get()
+        try:
+            work()
+        except Exception:
+            log.exception("Ray's head did not do as told")

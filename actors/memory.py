@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
 from actors.head import Head
@@ -46,7 +47,7 @@ class Memory:
         from ray.experimental.internal_kv import _internal_kv_del
 
         for name in _NAMES:
-            _internal_kv_del((self._prefix + name).encode())
+            self._head.ask(partial(_internal_kv_del, (self._prefix + name).encode()))
 
     def _get(self, name: str) -> str | None:
         from ray.experimental.internal_kv import _internal_kv_get

@@ -55,3 +55,49 @@ def test_nothing_is_undone_in_time() -> None:
     made: list[int] = []
     assert head.ask(lambda: 5, made.append) == 5
     assert not made
+
+
+def test_what_is_told_is_not_waited_for_and_done_in_order_in_the_end() -> None:
+    head = Head()
+    head.limit_s = 60.0
+    answer, done = threading.Event(), threading.Event()
+    order: list[int] = []
+
+    def first() -> None:
+        answer.wait()
+        order.append(1)
+        raise ConnectionError("the first fails")
+
+    head.tell(first)
+    head.tell(lambda: order.append(2))
+    head.tell(done.set)
+    assert head.ask(lambda: 3) == 3, "what is told holds up nothing that is asked"
+    assert not order
+    answer.set()
+    assert done.wait(60) and order == [1, 2]
+
+
+def test_telling_does_not_wait_for_an_answer_to_somebody_else() -> None:
+    head = Head()
+    head.limit_s = 60.0
+    asked, answer, done = threading.Event(), threading.Event(), threading.Event()
+
+    def hangs() -> None:
+        asked.set()
+        answer.wait()
+
+    other = threading.Thread(target=lambda: head.ask(hangs))
+    other.start()
+    try:
+        assert asked.wait(60)
+        head.tell(done.set)
+        assert done.wait(60)
+    finally:
+        answer.set()
+        other.join()
+
+
+def test_without_a_limit_what_is_told_is_done_at_once() -> None:
+    told: list[int] = []
+    Head().tell(lambda: told.append(1))
+    assert told == [1]
