@@ -18,8 +18,8 @@ day      the number of streams rises and falls, a level for `--hour-s`; group-se
          `--target` and `--low` are the autoscaler's. Equal latency needs a `--high` not far
          above what the busiest of the four groups has at the peak (`busy` of the first rows)
 
-`--every-s`: each stream asks so often and no more, which is a load that does not grow with the speed
-of what serves it; 0: the next request follows the last.
+`--every-s`: each stream asks so often and no more, which is a load that does not grow with the
+speed of what serves it; 0: the next request follows the last.
 """
 
 from __future__ import annotations
