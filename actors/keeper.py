@@ -49,6 +49,9 @@ class GroupKeeper:
         self._config, self._spec, self._lock = config, spec, lock
         self._cluster, self._calls, self._term = cluster, cluster.calls, term
         self._clock = clock
+        place = config.placement
+        self._every_s = min(place.interval_s, place.unreachable_s / 4)
+        self._tended_s = clock()
         self._stopping = False
         self._kinds = {kind.kind: kind for kind in config.groups}
         self._budget = memory_bytes(config, spec)
@@ -87,14 +90,23 @@ class GroupKeeper:
                 self.end(group_id)
                 del self.groups[group_id]
 
-    def tend(self, timeout_s: float) -> None:
-        """Takes what has come in, waits for it up to `timeout_s`, and starts what is due."""
-        self._calls.wait(timeout_s)
+    def hear(self, timeout_s: float) -> None:
+        """Takes what has come in; waits for it up to `timeout_s`."""
+        self._calls.wait(min(timeout_s, self._every_s))
+
+    def tend(self) -> None:
+        """Starts what is due, and ends what has not answered for long."""
         with self._lock:
             now = self._clock()
+            # Only time that this loop was awake: while it stood still itself (a stopped process,
+            # a paused machine, a long plan) answers that had come were not read.
+            awake_s = min(now - self._tended_s, 2 * self._every_s)
+            self._tended_s = now
             for group in self.groups.values():
                 if self._stopping:
                     return
+                if group.pinged:
+                    group.silent_s += awake_s
                 self._tend_group(group, now)
 
     def end(self, group_id: str) -> None:
@@ -142,7 +154,6 @@ class GroupKeeper:
             resident=np.zeros(shape, np.bool_),
             loading=np.zeros(shape, np.bool_),
             draining=draining,
-            heard_s=self._clock(),
             spawned_s=self._clock(),
             state=DRAINED if draining else STARTING,
         )
@@ -158,7 +169,7 @@ class GroupKeeper:
         elif group.state in (STARTING, PENDING):
             self._look_whether_pending(group, now)
         elif group.up:
-            if now - group.heard_s > self._config.placement.unreachable_s:
+            if group.silent_s > self._config.placement.unreachable_s:
                 self._abandon(group)
             else:
                 self._ping(group, now)
@@ -235,6 +246,7 @@ class GroupKeeper:
         group.loading[:] = False
         group.resident_bytes = group.queued_pairs = 0
         group.busy, group.worked, group.served_since = 0.0, None, None
+        group.silent_s = 0.0
         group.samples.clear()
 
     def _watch(self, group: LiveGroup) -> None:
@@ -262,7 +274,7 @@ class GroupKeeper:
             group.pairs_per_s = answer["speed"]
             group.resident = np.array(answer["resident"], np.bool_)
             group.resident_bytes = answer["resident_bytes"]
-            group.heard_s, group.gone_since_s = self._clock(), None
+            group.silent_s, group.gone_since_s = 0.0, None
             group.state, group.was_up, group.last_error = LOADING, True, ""
             group.given_up = False
             self.changes += 1
@@ -308,9 +320,7 @@ class GroupKeeper:
 
     def _ping(self, group: LiveGroup, now: float) -> None:
         """One call at a time, and not before its interval has passed: each answer wakes `tend`."""
-        placement = self._config.placement
-        every_s = min(placement.interval_s, placement.unreachable_s / 4)
-        if group.pinged or now - group.pinged_at_s < every_s:
+        if group.pinged or now - group.pinged_at_s < self._every_s:
             return
         group.pinged, group.pinged_at_s = True, now
         life = group.incarnation
@@ -318,9 +328,8 @@ class GroupKeeper:
         def ponged(answer: Any, error: Exception | None) -> None:
             with self._lock:
                 if life == group.incarnation:
-                    group.pinged = False
+                    group.pinged, group.silent_s = False, 0.0  # a refusal is an answer, too
                     if error is None:
-                        group.heard_s = self._clock()
                         group.queued_pairs = answer["queued_pairs"]
                         group.has_worked(answer["busy_s"], self._clock())
                         group.served_since = answer["served_since"]
@@ -335,8 +344,7 @@ class GroupKeeper:
 
         Should it wake up, nobody talks to it any more: its incarnation is an old one.
         """
-        silent_s = self._clock() - group.heard_s
-        group.last_error = f"did not answer for {silent_s:.0f} s"
+        group.last_error = f"did not answer for {group.silent_s:.0f} s"
         self._cluster.kill_frozen(group.actor, group.node, group.pid)
         self._on_ended(group, group.incarnation, None)
 

@@ -98,10 +98,11 @@ class ControlLoop:
 
     def turn(self, timeout_s: float) -> None:
         """Waits for news up to `timeout_s`; steps when there are any, or it is time."""
-        self.keeper.tend(max(min(timeout_s, self._give_up_s - self._clock()), 0.0))
+        self.keeper.hear(max(min(timeout_s, self._give_up_s - self._clock()), 0.0))
         with self.lock:
             now = self._clock()
-            self._look_around(now)
+            self._look_around(now)  # first: one that stood still may have a successor by now
+            self.keeper.tend()
             news = self.keeper.changes != self._seen or now >= self._give_up_s
             if now >= self._give_up_s:
                 self._give_up_s = math.inf  # until the next look at the groups says otherwise

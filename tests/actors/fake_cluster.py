@@ -355,5 +355,9 @@ class World:
         present = np.arange(self.spec.experts)[None] < np.array(self.spec.experts_of_layer)[:, None]
         return bool(held[present].all())
 
+    def lives(self) -> dict[str, int]:
+        """The incarnation of every group that runs."""
+        return {i: p.incarnation for i, p in self.cluster.living().items()}
+
     def states(self) -> dict[str, str]:
         return {g.id: g.shown_state for g in self.loop.groups.values()}

@@ -312,11 +312,11 @@ def test_a_controller_that_is_killed_in_the_middle_of_growing(tmp_path: Path) ->
     w.turns()
     scale(w, 4)
     w.turns(2)
-    lives = {i: p.incarnation for i, p in w.cluster.living().items()}
+    lives = w.lives()
     epoch = w.control.tables[-1].order
     w.controller()
     w.turns(80)
-    assert {i: p.incarnation for i, p in w.cluster.living().items()} == lives, "none was ended"
+    assert w.lives() == lives, "none was ended"
     assert w.served() and len(w.states()) == 4
     assert w.control.tables[-1].order > epoch and w.loop.term == 2
 
@@ -328,6 +328,7 @@ def test_the_older_of_two_controllers_has_no_say(tmp_path: Path) -> None:
     w.controller()
     w.turns(60)
     newest = w.control.tables[-1].order
+    lives = w.lives()
     # the old one wakes up, finds that nothing it knows has changed, and means to go on
     w.cluster.calls = old_calls
     old.publisher.publish(old.publisher.table, {}, {})  # type: ignore[arg-type]
@@ -338,6 +339,21 @@ def test_the_older_of_two_controllers_has_no_say(tmp_path: Path) -> None:
     w.now += 10.0
     with pytest.raises(TakenOver):
         old.turn(0.0)
+    assert w.lives() == lives, "what it takes for silent serves the new one"
+
+
+def test_a_controller_that_stood_still_ends_no_group(tmp_path: Path) -> None:
+    w = world(tmp_path, unreachable_s=10)
+    w.turns()
+    lives = w.lives()
+    for _ in range(3):
+        w.turns(8)
+        w.now += 600.0  # it is stopped; answers that come meanwhile are not read
+        w.loop.turn(0.0)
+        assert w.lives() == lives
+    w.cluster.of("g1").frozen = True
+    w.turns(60)
+    assert w.lives()["g0"] == lives["g0"] and w.lives()["g1"] > lives["g1"] and w.served()
 
 
 def test_a_frozen_group_is_replaced(tmp_path: Path) -> None:
