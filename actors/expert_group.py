@@ -5,6 +5,7 @@ Imports torch and safetensors, never transformers: a group starts fast and stays
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import random
@@ -35,7 +36,6 @@ from raymoe.table import GroupEndpoint
 log = logging.getLogger("raymoe.expert_group")
 _STAGGER_S = 0.3
 _TRIM_BYTES = 128 << 20
-_REST = 3.0  # a copy that nobody waits for takes a quarter of a core at most
 
 
 class ExpertGroup:
@@ -164,21 +164,27 @@ class ExpertGroup:
     def _bring_one(
         self, layer: int, expert: int, source: GroupEndpoint | None, limit: float | None
     ) -> None:
-        shard = self._runtime.shard
-        before, started_s, used_s = shard.resident_bytes, time.monotonic(), time.thread_time()
+        if limit is None:  # requests wait for it
+            self._add(layer, expert, source, None)
+            return
+        shard, pacer = self._runtime.shard, self._runtime.pacer
+        before, started_s = shard.resident_bytes, time.monotonic()
+        # Of a group on the CPU the same cores compute for requests.
+        with pacer.measured() if pacer is not None else contextlib.nullcontext() as spent:
+            self._add(layer, expert, source, limit)
+        rest_s = 0.0 if spent is None else spent.rest_s
+        if source is None:  # a peer's bytes were counted as they came
+            loaded = shard.resident_bytes - before
+            rest_s = max(rest_s, loaded / limit - (time.monotonic() - started_s))
+        self._ended.wait(max(rest_s, 0.0))
+
+    def _add(
+        self, layer: int, expert: int, source: GroupEndpoint | None, limit: float | None
+    ) -> None:
         if source is not None:
             self._runtime.add_from_peer(layer, expert, source, limit_bytes_per_s=limit)
         else:
             self._runtime.add_from_checkpoint(layer, expert)
-        if limit is None:
-            return
-        rest_s = 0.0
-        if source is None:  # a peer's bytes were counted as they came
-            loaded = shard.resident_bytes - before
-            rest_s = loaded / limit - (time.monotonic() - started_s)
-        if torch.device(shard.device).type == "cpu":  # these cores compute for requests too
-            rest_s = max(rest_s, _REST * (time.thread_time() - used_s))
-        self._ended.wait(max(rest_s, 0.0))
 
     def drop(self, pairs: list[tuple[int, int]], term: int) -> dict[str, Any]:
         """Frees replicas: {"resident_bytes": then resident, "failed": []}."""

@@ -271,7 +271,8 @@ class PlacementConfig(_Checked):
     copy_bytes_per_s: float | None = Field(
         500e6,
         gt=0,
-        description="a group takes in copies no faster, while it serves; none: no limit",
+        description="a group takes in copies no faster while it serves (and no faster than leaves "
+        "requests their cores); none: no limit",
     )
     reserve_experts: int = Field(
         2, ge=0, description="room for this many of the largest experts is kept free in a group"

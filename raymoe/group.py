@@ -19,7 +19,7 @@ import torch
 
 from raymoe.checkpoint.record import load_expert
 from raymoe.checkpoint.spec import ModelSpec
-from raymoe.copying import fetch_record, serve_copies
+from raymoe.copying import Sender, Wait, fetch_record
 from raymoe.dispatch import Ints
 from raymoe.errors import ConfigError
 from raymoe.experts.shard import ExpertShard
@@ -29,12 +29,13 @@ from raymoe.links.link import Request
 from raymoe.links.protocol import PARTIAL, ROWS
 from raymoe.links.server import Server, ServerConfig
 from raymoe.native import native
+from raymoe.pacing import Pacer
 from raymoe.speed import GroupSpeed, measure_speed
 from raymoe.table import GroupEndpoint
 
 log = logging.getLogger(__name__)
 
-MAX_COPIES = 4  # records sent at once
+MAX_COPIERS = 64  # connections of groups that copy from this one
 SAMPLES = 512  # timings kept
 
 
@@ -102,7 +103,9 @@ class GroupRuntime:
         self._samples: deque[tuple[int, int, float]] = deque(maxlen=SAMPLES)
         self._fresh: deque[tuple[int, int, float]] = deque(maxlen=SAMPLES)  # not taken yet
         self._count_lock = threading.Lock()
-        self._copies = threading.BoundedSemaphore(MAX_COPIES)
+        self.pacer = Pacer() if torch.device(shard.device).type == "cpu" else None
+        self._sender = Sender(shard, pacer=self.pacer)
+        self._copiers = threading.BoundedSemaphore(MAX_COPIERS)
         self._copy_sockets: set[socket.socket] = set()
         self._closed = threading.Event()
         self.server = Server(
@@ -147,11 +150,13 @@ class GroupRuntime:
         source: GroupEndpoint,
         *,
         limit_bytes_per_s: float | None = None,
+        wait: Wait = time.sleep,
     ) -> None:
         """Copy a replica from a group that holds it; nothing happens when it is here already.
 
-        Serving goes on meanwhile. Raises PeerLost, HandshakeRefused, CheckpointError (refused or
-        damaged), ConfigError (budget); then nothing has changed.
+        Serving goes on meanwhile. Without a limit it is urgent; else it rests with `wait`, and
+        what that raises ends the copy. Raises PeerLost, HandshakeRefused, CheckpointError (refused
+        or damaged), ConfigError (budget); then nothing has changed.
         """
         if self.shard.has(layer, expert):
             return
@@ -173,6 +178,7 @@ class GroupRuntime:
             expert,
             limit_bytes_per_s=limit_bytes_per_s,
             max_bytes=2 * self.spec.resident_bytes("float32")[layer],
+            wait=wait,
         )
         self.shard.add(layer, expert, record)
 
@@ -361,7 +367,7 @@ class GroupRuntime:
 
     def _begin_copies(self, sock: socket.socket, peer: Peer) -> None:
         """In the server's loop thread: hand the socket to a thread of its own, or close it."""
-        if self._closed.is_set() or not self._copies.acquire(blocking=False):
+        if self._closed.is_set() or not self._copiers.acquire(blocking=False):
             sock.close()
             return
         self._copy_sockets.add(sock)
@@ -371,10 +377,10 @@ class GroupRuntime:
 
     def _send_copies(self, sock: socket.socket) -> None:
         try:
-            serve_copies(sock, self.shard)
+            self._sender.serve(sock)
         finally:
             self._copy_sockets.discard(sock)
-            self._copies.release()
+            self._copiers.release()
 
 
 class _Joined:

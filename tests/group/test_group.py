@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import socket
 import threading
@@ -18,7 +19,7 @@ from placement.table import Table
 from raymoe.checkpoint.record import ExpertRecord, load_expert
 from raymoe.checkpoint.spec import ModelSpec
 from raymoe.client import ClientConfig, ExpertClient
-from raymoe.copying import fetch_record, serve_copies
+from raymoe.copying import Sender, fetch_record
 from raymoe.errors import CheckpointError, ConfigError, ExpertsUnavailable, PeerLost
 from raymoe.experts.shard import ExpertShard
 from raymoe.group import GroupRuntime
@@ -291,15 +292,15 @@ def test_a_copy_over_budget_changes_nothing(
 class Broken:
     """Streams to a sender; each is cut after so many bytes, or has one byte changed."""
 
-    def __init__(self, records: object, cuts: list[int | None], flip: bool = False) -> None:
-        self.records, self.cuts, self.flip = records, cuts, flip
+    def __init__(self, records: OneRecord, cuts: list[int | None], flip: bool = False) -> None:
+        self.sender, self.cuts, self.flip = Sender(records), cuts, flip
         self.asked: list[bytes] = []
 
     def open(self) -> socket.socket:
         ours, proxy = socket.socketpair()
         theirs, far = socket.socketpair()
         cut = self.cuts.pop(0)
-        threading.Thread(target=serve_copies, args=(far, self.records), daemon=True).start()
+        threading.Thread(target=self.sender.serve, args=(far,), daemon=True).start()
         threading.Thread(target=self._pump, args=(proxy, theirs, cut), daemon=True).start()
         return ours
 
@@ -337,7 +338,7 @@ def test_a_broken_copy_resumes_where_it_broke(spec: ModelSpec) -> None:
     copy = fetch_record(broken.open, 0, 1, max_bytes=1 << 20)
     assert copy.checksum == record.checksum
     assert all(torch.equal(copy.tensors[k], record.tensors[k]) for k in record.tensors)
-    offsets = [int(ask.split(b'"offset": ')[1].rstrip(b"}")) for ask in broken.asked]
+    offsets = [json.loads(ask[4:])["offset"] for ask in broken.asked]
     assert offsets[0] == 0 < offsets[1] < offsets[2] < record.nbytes
 
 
@@ -365,6 +366,98 @@ def test_a_copy_obeys_its_rate(spec: ModelSpec) -> None:
     started = time.monotonic()
     fetch_record(broken.open, 0, 1, max_bytes=1 << 20, limit_bytes_per_s=record.nbytes / 0.2)
     assert time.monotonic() - started > 0.15
+
+
+class Wide:
+    """A record of 6 MB, more than the buffers of a socket pair hold."""
+
+    def __init__(self) -> None:
+        self.held = ExpertRecord(tensors={"up": torch.arange(1_500_000, dtype=torch.float32)})
+
+    def record(self, layer: int, expert: int) -> ExpertRecord | None:
+        return self.held
+
+
+def test_a_slow_receiver_is_waited_for_as_long_as_it_takes_something(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The sender's time limit is for the next bytes, not for the whole of a large expert."""
+    monkeypatch.setattr("raymoe.copying.SEND_TIMEOUT_S", 0.5)
+    records = Wide()
+    ours, far = socket.socketpair()
+    threading.Thread(target=Sender(records).serve, args=(far,), daemon=True).start()
+    copy = fetch_record(
+        lambda: ours, 0, 1, max_bytes=1 << 23, limit_bytes_per_s=4e6, attempts=1
+    )  # 1.5 s
+    assert copy.checksum == records.held.checksum
+
+
+def test_a_connection_that_breaks_is_resumed_while_it_brings_something() -> None:
+    records = Wide()
+    cuts: list[int | None] = [1_200_000, 1_200_000, 1_200_000, 1_200_000, None]
+    copy = fetch_record(Broken(records, cuts).open, 0, 1, max_bytes=1 << 23)
+    assert copy.checksum == records.held.checksum
+
+
+def test_a_busy_sender_is_asked_again_and_gives_urgent_copies_at_once(
+    spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raymoe.copying._TURN_S", 0.01)
+    taken, release = threading.Event(), threading.Event()
+
+    class Slow(OneRecord):
+        def record(self, layer: int, expert: int) -> ExpertRecord | None:
+            if not taken.is_set():  # the first one takes its time
+                taken.set()
+                release.wait(30)
+            return super().record(layer, expert)
+
+    sender = Sender(Slow(load_expert(spec, 0, 1)), most=1)
+
+    def connect() -> socket.socket:
+        ours, far = socket.socketpair()
+        threading.Thread(target=sender.serve, args=(far,), daemon=True).start()
+        return ours
+
+    def fetch(**options: Any) -> ExpertRecord:
+        return fetch_record(connect, 0, 1, max_bytes=1 << 20, **options)
+
+    results: list[ExpertRecord] = []
+    first = threading.Thread(target=lambda: results.append(fetch(limit_bytes_per_s=1e9)))
+    first.start()
+    assert taken.wait(30)
+    waits: list[float] = []
+
+    def wait(seconds: float) -> None:
+        waits.append(seconds)
+        assert len(results) == 0
+        if len(waits) == 2:
+            assert fetch().checksum == sender._records.held.checksum  # type: ignore[attr-defined]
+            release.set()
+            first.join(30)
+            results.clear()
+
+    fetch(limit_bytes_per_s=1e9, wait=wait)
+    assert len(waits) >= 2
+
+    monkeypatch.setattr("raymoe.copying.BUSY_LIMIT_S", 0.0)
+    sender._turns.acquire()
+    with pytest.raises(PeerLost, match="busy"):
+        fetch(limit_bytes_per_s=1e9)
+
+
+def test_a_copy_is_broken_off_by_its_wait(spec: ModelSpec) -> None:
+    record = load_expert(spec, 0, 1)
+
+    class Stopped(Exception):
+        pass
+
+    def end(seconds: float) -> None:
+        raise Stopped
+
+    broken = Broken(OneRecord(record), [None])
+    with pytest.raises(Stopped):
+        fetch_record(broken.open, 0, 1, max_bytes=1 << 20, limit_bytes_per_s=1e3, wait=end)
 
 
 def test_close_ends_every_thread(spec: ModelSpec) -> None:
