@@ -83,7 +83,7 @@ class EmbeddedEngine:
                 microbatch_tokens=_microbatch_tokens(settings),
                 prefix_cache=settings.prefix_cache,
                 max_context=settings.max_context_tokens,
-                max_waiting=settings.max_waiting,
+                max_waiting=settings.max_requests - settings.max_batch,
                 stall_end_s=plane.stall_limit_s,
             ),
             grammars=LateGrammars(

@@ -135,6 +135,8 @@ def gateway_app(config: dict[str, Any], spec_json: str) -> FastAPI:
         AppConfig(
             model_name=checked.served_model_name,
             request_timeout_s=checked.gateway.request_timeout_s,
+            # more at once than a router takes in would never be taken
+            max_choices=min(AppConfig.max_choices, checked.routers.max_requests),
             watching=watched,
         ),
         placement=lambda: controller.ask("placement"),

@@ -135,7 +135,17 @@ class RoutersConfig(_Checked):
     max_context_tokens: int | None = Field(
         None, ge=1, description="context limit; none: the model's own"
     )
-    max_waiting: int = Field(1024, ge=0, description="requests a router lets wait before refusing")
+    max_waiting: int | None = Field(
+        None,
+        ge=0,
+        description="requests a router lets wait before it refuses more (429); none: as many as "
+        "`max_batch`, so that whoever is let in waits for one batch to end at most",
+    )
+
+    @property
+    def max_requests(self) -> int:
+        """What a router takes in before it refuses: those that run and those that wait."""
+        return self.max_batch + (self.max_batch if self.max_waiting is None else self.max_waiting)
 
 
 class GatewayConfig(_Checked):
@@ -165,7 +175,12 @@ class GatewayConfig(_Checked):
     model_name: str | None = Field(
         None, description="name in /v1/models; none: the checkpoint folder's name"
     )
-    max_in_flight: int = Field(512, ge=1, description="requests at once before answering 429")
+    max_in_flight: int = Field(
+        512,
+        ge=1,
+        description="requests at once in one gateway before it answers 429; routers that are full "
+        "refuse earlier (`routers.max_waiting`)",
+    )
     router_wait_s: float = Field(
         30.0, ge=0, description="how long a request waits for a router before 503"
     )

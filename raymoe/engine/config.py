@@ -25,12 +25,12 @@ class EngineConfig:
     stall_pause_s: float = 0.05  # between two tries of a stalled step, where experts do not wait
 
     def __post_init__(self) -> None:
-        for name in ("kv_bytes", "block_tokens", "max_batch", "chunk_tokens", "max_waiting"):
+        for name in ("kv_bytes", "block_tokens", "max_batch", "chunk_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not 0 <= self.lanes_share < 1:
             raise ConfigError(f"lanes_share must be from 0 to below 1, not {self.lanes_share}")
-        for name in ("microbatch_tokens", "stall_end_s", "stall_pause_s"):
+        for name in ("max_waiting", "microbatch_tokens", "stall_end_s", "stall_pause_s"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be at least 0, not {getattr(self, name)}")
         if self.max_context is not None and self.max_context < 2:

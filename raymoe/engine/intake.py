@@ -32,7 +32,8 @@ class Intake:
         return len(self._known)
 
     def add(self, request: GenerationRequest) -> None:
-        """Queue a request. Raises RequestError for one that can never run, and Overloaded."""
+        """Queue a request. Raises RequestError for one that can never run, and Overloaded; one that
+        goes on from another router was let in there, and is not refused."""
         length = len(request.prompt_ids)
         if length == 0:
             raise RequestError("the prompt has no tokens", "prompt")
@@ -46,7 +47,7 @@ class Intake:
         with self._lock:
             if request.request_id in self._known:
                 raise RequestError(f"request {request.request_id} is running already", "request_id")
-            if len(self._known) >= self._most:
+            if len(self._known) >= self._most and not request.output_ids:
                 raise Overloaded(f"{len(self._known)} requests are running or waiting")
             self._known.add(request.request_id)
             self._news.append((request, grammar))

@@ -24,6 +24,7 @@ class OpenRequest:
     connection: RouterConnection | None = None
     wire_id: str = ""
     attempts: int = 0
+    losses: int = 0  # routers it has lost since its last token
     refused_by: set[RouterConnection] = field(default_factory=set)  # as overloaded
     timer: asyncio.TimerHandle | None = None  # while it waits for a router
 

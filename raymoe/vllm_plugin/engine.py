@@ -141,7 +141,7 @@ class VllmEngine:
             self._board,
             eos_ids=self._eos_ids,
             max_context=self._max_context,
-            limit=config.routers.max_batch + config.routers.max_waiting,
+            limit=config.routers.max_requests,
             publish=lambda events: self._publish(events),
             on_end=self._die,
         )
@@ -177,7 +177,7 @@ class VllmEngine:
             )
         grammar = request.sampling.grammar
         state = None if grammar is None else self._grammars(grammar, request.output_ids)
-        self._requests.admit()
+        self._requests.admit(goes_on=bool(request.output_ids))
         self._loop.call_soon_threadsafe(self._requests.begin, Open(request, state))
 
     def cancel(self, request_ids: Sequence[str]) -> None:

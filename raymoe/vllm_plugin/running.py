@@ -59,10 +59,11 @@ class Running:
         self.held = False
         """While a void step is dealt with: new requests are kept, not begun."""
 
-    def admit(self) -> None:
-        """Room for one more. Raises Overloaded."""
+    def admit(self, *, goes_on: bool = False) -> None:
+        """Room for one more. Raises Overloaded, but not for one that goes on from another router:
+        it was let in there."""
         with self._count_lock:
-            if self.known >= self._limit:
+            if self.known >= self._limit and not goes_on:
                 raise Overloaded(f"{self.known} requests are running or waiting")
             self.known += 1
 

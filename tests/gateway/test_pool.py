@@ -250,24 +250,91 @@ def test_a_request_that_ended_with_its_router_is_not_made_longer() -> None:
     asyncio.run(main())
 
 
+def cut(opened: Any) -> None:
+    """The connection to its router breaks."""
+    assert opened.connection is not None
+    assert opened.connection._client is not None
+    assert opened.connection._client._transport is not None
+    opened.connection._client._transport.abort()
+
+
 def test_a_request_that_kills_routers_is_given_up() -> None:
+    """Three times one is lost without having made a token."""
+
     async def main() -> None:
         with routers_of(fake("r0")) as routers:
             pool = pool_of(routers, max_resubmits=2)
             await start(pool, 1)
             reader = Reader()
             opened = pool.open(request("a", 1000), reader.deliver, reader.fail)
+            await until(lambda: len(reader.tokens) > 3)
+            routers[0].pause(True)
             for attempt in (1, 2, 3):
-                await until(lambda attempt=attempt: opened.attempts == attempt)
-                await until(lambda attempt=attempt: len(reader.tokens) > attempt)
-                assert opened.connection is not None
-                assert opened.connection._client is not None
-                assert opened.connection._client._transport is not None
-                opened.connection._client._transport.abort()
-                await asyncio.sleep(0.02)
+                await until(
+                    lambda attempt=attempt: opened.attempts == attempt and opened.connection
+                )
+                cut(opened)
             await reader.ended.wait()
             assert isinstance(reader.error, RouterUnavailable)
             assert "3 attempts" in str(reader.error)
+            routers[0].pause(False)
+            await pool.close()
+
+    asyncio.run(main())
+
+
+def test_a_request_that_gets_on_may_lose_any_number_of_routers() -> None:
+    async def main() -> None:
+        with routers_of(fake("r0")) as routers:
+            pool = pool_of(routers, max_resubmits=2)
+            await start(pool, 1)
+            reader = Reader()
+            asked = request("a", 400)
+            opened = pool.open(asked, reader.deliver, reader.fail)
+            for attempt in range(1, 7):
+                before = len(reader.tokens)
+                await until(lambda attempt=attempt: opened.attempts == attempt)
+                await until(lambda before=before: len(reader.tokens) > before)
+                cut(opened)
+            await reader.ended.wait()
+            assert (reader.error, reader.tokens) == (None, by_position(asked))
+            assert pool.resubmitted == 6
+            await pool.close()
+
+    asyncio.run(main())
+
+
+def test_a_request_that_was_let_in_is_not_refused_when_its_router_is_lost() -> None:
+    """The other router is full: it waits for a place there, with a token or without."""
+
+    async def main() -> None:
+        with routers_of(fake("r0")) as routers, routers_of(fake("r1")) as others:
+            pool = pool_of(routers, retry_after_s=0.05)
+            await start(pool, 1)
+            readers = [Reader(), Reader()]
+            asked = [request("a", 400), request("bb", 5)]
+            opened = [pool.open(asked[0], readers[0].deliver, readers[0].fail)]
+            await until(lambda: readers[0].tokens)
+            routers[0].pause(True)
+            opened.append(pool.open(asked[1], readers[1].deliver, readers[1].fail))
+            await until(lambda: routers[0].running == 2)
+            others[0].refuse = Overloaded("the engine is full")
+            routers.append(others[0])
+            await until(lambda: len(pool.routers()) == 2)
+            lost = routers.pop(0)
+            await asyncio.to_thread(lost.close)
+            await until(lambda: others[0].asked >= 4)
+            assert not any(reader.ended.is_set() for reader in readers)
+            assert pool.in_flight == 2
+            fresh = Reader()
+            pool.open(request("ccc", 5), fresh.deliver, fresh.fail)
+            await fresh.ended.wait()
+            assert fresh.finish == "error", "who was not let in is refused"
+            others[0].refuse = None
+            await asyncio.gather(*(reader.ended.wait() for reader in readers))
+            for one, reader in zip(asked, readers, strict=True):
+                assert reader.tokens == by_position(one)
+            assert pool.in_flight == 0
             await pool.close()
 
     asyncio.run(main())
