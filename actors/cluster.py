@@ -73,6 +73,6 @@ class RayCluster:
         for actor in actors:
             ray.kill(actor)
 
-    def died(self, error: Exception) -> bool:
+    def died(self, error: Exception | None) -> bool:
         """A call ended like this because its actor did."""
         return isinstance(error, ray.exceptions.RayActorError)

@@ -14,6 +14,7 @@ import time
 from functools import partial
 from typing import Any
 
+import numpy as np
 import ray
 import torch
 
@@ -70,6 +71,8 @@ class ExpertGroup:
         check_device(device, memory_bytes, f"group {group_id}")
         check_files(spec)  # this node's copy must be the checkpoint the others serve
         self._ended = threading.Event()
+        self._obeying = threading.Lock()  # nothing of an older term is done after a newer was told
+        self._released = threading.Event()  # the call of `hold` that waits may return
         self._moved_bytes = 0  # since memory was given back
         self._node, address = _where()
         dtype = getattr(torch, spec.compute_dtype)
@@ -101,22 +104,28 @@ class ExpertGroup:
         """Answers: this process is not hung. What it has done since the last ping:
         {"samples": [(pairs, active experts, busy seconds)], "queued_pairs"}; and since it started
         "busy_s", the seconds it has computed, and "served_since", Unix time of the first message.
+        What it holds now: "resident", bool [L, E] as `np.packbits` has it, and "resident_bytes".
         """
         self._obey(term)
+        shard = self._runtime.shard
         return {
+            "resident": np.packbits(shard.resident()),
+            "resident_bytes": shard.resident_bytes,
             "samples": self._runtime.take_samples(),
             "queued_pairs": self._runtime.server.queued()[0],
             "busy_s": self._runtime.busy_s,
             "served_since": self._runtime.served_since,
         }
 
-    def describe(self) -> dict[str, Any]:
-        """Who and where this group is, how fast, and what it holds already.
+    def describe(self, term: int) -> dict[str, Any]:
+        """Who and where this group is, how fast, and what it holds already. From now on nothing
+        more is begun that a controller of a lower term asked for.
 
         `speed` is pairs/s of a message of 64 pairs over 8 experts: what decoding mostly sends.
         """
-        self._lease.renew()
-        report = self._runtime.report()
+        with self._obeying:
+            self._obey(term)
+            report = self._runtime.report()
         return {
             "endpoint": self._runtime.endpoint().to_dict(),
             "pid": os.getpid(),
@@ -135,7 +144,7 @@ class ExpertGroup:
     ) -> dict[str, Any]:
         """Replicas (layer, expert) from another group's memory, or from the checkpoint when
         `source` is None. What fails leaves nothing behind and does not stop the rest, unless the
-        source is gone.
+        source is gone. Ends when a newer controller has come, before the next replica.
 
         {"resident_bytes": then resident, "failed": [(layer, expert, why)]}
         """
@@ -149,6 +158,7 @@ class ExpertGroup:
         lost, before = "", self._runtime.shard.resident_bytes
         for layer, expert in pairs:
             try:
+                self._obey(term)
                 if lost:
                     raise PeerLost("the group it is copied from", lost)
                 self._bring_one(layer, expert, endpoint, limit_bytes_per_s)
@@ -191,7 +201,9 @@ class ExpertGroup:
         self._obey(term)
         before = self._runtime.shard.resident_bytes
         for layer, expert in pairs:
-            self._runtime.drop(layer, expert)
+            with self._obeying:
+                self._obey(term)
+                self._runtime.drop(layer, expert)
         self._let_go(before)
         return {"resident_bytes": self._runtime.shard.resident_bytes, "failed": []}
 
@@ -212,15 +224,23 @@ class ExpertGroup:
         """Counts, timings and bytes since the start (`raymoe.group.GroupReport`)."""
         return self._runtime.report().to_dict()
 
-    def hold(self) -> None:
-        """Returns when the group is closed. A caller left waiting learns of a death at once."""
-        self._ended.wait()
+    def hold(self, term: int) -> bool:
+        """Waits: a caller left waiting learns of a death at once. True: the group is closed. False:
+        somebody else waits now; each call takes one of the few threads that answer calls."""
+        with self._obeying:
+            self._obey(term)
+            self._released.set()
+            released = self._released = threading.Event()
+        if not self._ended.is_set():
+            released.wait()
+        return self._ended.is_set()
 
     def _obey(self, term: int) -> None:
         """A controller of this term asks: refused when there is a newer one. Renews the lease."""
         if term < self._term:
             raise ConfigError(f"a controller of term {self._term} is in charge, not {term}")
-        self._term = term
+        if term > self._term:
+            self._term = term
         self._lease.renew()
 
     def close(self) -> None:
@@ -228,6 +248,7 @@ class ExpertGroup:
         self._lease.close()
         self._runtime.close()
         self._ended.set()
+        self._released.set()
 
 
 def server_config(config: DeploymentConfig, node_address: str) -> ServerConfig:

@@ -66,6 +66,7 @@ class LiveGroup:
     retry_at_s: float | None = None  # when the next life is to start
     bringing: bool = False  # loads are under way
     dropping: bool = False  # drops are under way
+    asked: int = 0  # grows with every load or drop that begins or ends
     pinged: bool = False  # a ping is under way
     pinged_at_s: float = -math.inf  # when the last one was sent
 

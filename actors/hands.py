@@ -55,6 +55,7 @@ class Hands:
         endpoint = None if source is None else self._groups[source].endpoint
         assert group.actor is not None and (source is None or endpoint is not None)
         group.bringing = True
+        group.asked += 1
         for layer, expert in pairs:
             group.loading[layer, expert] = True
         told = None if endpoint is None else endpoint.to_dict()
@@ -66,6 +67,7 @@ class Hands:
         group = self._groups[group_id]
         assert group.actor is not None
         group.dropping = True
+        group.asked += 1
         for layer, expert in pairs:
             group.resident[layer, expert] = False
         ref = group.actor.drop.remote(pairs, self._term)
@@ -89,6 +91,7 @@ class Hands:
                     group.bringing = False
                 else:
                     group.dropping = False
+                group.asked += 1
                 if error is not None:
                     failed = [(layer, expert, reason(error)) for layer, expert in pairs]
                 else:

@@ -22,9 +22,11 @@ from actors.spawn import group_name
 from actors.starting import spec_of
 from placement.errors import PlacementError
 from placement.initial import place_at_start
+from placement.types import Bools
 from raymoe.budget import fleet_of, memory_bytes
 from raymoe.checkpoint.spec import ModelSpec
 from raymoe.config import DeploymentConfig
+from raymoe.errors import ConfigError
 from raymoe.table import GroupEndpoint
 
 log = logging.getLogger("raymoe.controller")
@@ -253,11 +255,15 @@ class GroupKeeper:
         """Asks the group who it is, and keeps one call open whose end tells of its death."""
         assert group.actor is not None
         life = group.incarnation
+
+        def let_go(closed: bool | None, error: Exception | None) -> None:
+            if closed or self._cluster.died(error):  # else a newer controller has it
+                self._on_ended(group, life, error)
+
+        self._calls.start(group.actor.hold.remote(self._term), let_go)
         self._calls.start(
-            group.actor.hold.remote(), lambda _, error: self._on_ended(group, life, error)
-        )
-        self._calls.start(
-            group.actor.describe.remote(), lambda answer, e: self._on_up(group, life, answer, e)
+            group.actor.describe.remote(self._term),
+            lambda answer, error: self._on_up(group, life, answer, error),
         )
 
     def _on_up(self, group: LiveGroup, life: int, answer: Any, error: Exception | None) -> None:
@@ -266,7 +272,7 @@ class GroupKeeper:
                 return
             if error is not None:
                 group.last_error = reason(error)
-                if not self._cluster.died(error):
+                if not (self._cluster.died(error) or isinstance(error, ConfigError)):
                     self._cluster.kill(group.actor)  # it lives, but cannot say who it is
                 return
             group.endpoint = GroupEndpoint.from_dict(answer["endpoint"])
@@ -323,7 +329,7 @@ class GroupKeeper:
         if group.pinged or now - group.pinged_at_s < self._every_s:
             return
         group.pinged, group.pinged_at_s = True, now
-        life = group.incarnation
+        life, asked = group.incarnation, group.asked
 
         def ponged(answer: Any, error: Exception | None) -> None:
             with self._lock:
@@ -335,9 +341,25 @@ class GroupKeeper:
                         group.served_since = answer["served_since"]
                         group.samples += answer["samples"]
                         del group.samples[:-_MOST_SAMPLES]
+                        if group.asked == asked and not (group.bringing or group.dropping):
+                            self._believe(group, answer)
 
         assert group.actor is not None
         self._calls.start(group.actor.ping.remote(self._term), ponged)
+
+    def _believe(self, group: LiveGroup, answer: Any) -> None:
+        """What it says it holds counts, while we ask nothing of it: a call of an earlier controller
+        may have had its effect late."""
+        bits = np.unpackbits(answer["resident"], count=group.resident.size)
+        resident: Bools = bits.reshape(group.resident.shape).astype(np.bool_)
+        if not np.array_equal(resident, group.resident):
+            more, less = resident & ~group.resident, group.resident & ~resident
+            log.warning(
+                "group %s has %d replicas more and %d less than it told before",
+                *(group.id, more.sum(), less.sum()),
+            )
+            group.resident[:], group.resident_bytes = resident, answer["resident_bytes"]
+            self.changes += 1
 
     def _abandon(self, group: LiveGroup) -> None:
         """It runs but does not answer (frozen, its node cut off): end it, start another life.

@@ -32,6 +32,7 @@ class Ref:
         self.result: Any = None
         self.error: Exception | None = None
         self.done = False
+        self.begun = 0  # replicas of a load
 
     def end(self, result: Any = None, error: Exception | None = None) -> None:
         self.result, self.error, self.done = result, error, True
@@ -63,8 +64,11 @@ class Process:
         self.alive, self.frozen, self.placed = True, False, True
         self.gentle = False
         self.slow_loads = False  # loads wait until this is over
+        self.trickle = False  # one replica an answer
+        self.memory_bytes: int = arguments["memory_bytes"]
         self.broken_sources: set[str] = set()
         self.term = 0
+        self._held: Ref | None = None
         self.busy_s = 0.0
         self._spec = spec
         self._queue: list[tuple[str, tuple[Any, ...], Ref]] = []
@@ -94,10 +98,16 @@ class Process:
             return
         queue, self._queue = self._queue, []
         for method, arguments, ref in queue:
-            if method == "hold" or (method == "bring" and self.slow_loads):
+            if method == "bring" and self.slow_loads:
                 self._queue.append((method, arguments, ref))
                 continue
             try:
+                if method == "hold":
+                    self._hold(*arguments, ref)
+                    continue
+                if method == "bring" and self.trickle:
+                    self._bring_one_more(*arguments, ref)
+                    continue
                 ref.end(getattr(self, "_do_" + method)(*arguments))
             except ConfigError as e:
                 ref.end(error=e)
@@ -110,7 +120,29 @@ class Process:
     def _bytes(self) -> int:
         return int((self.resident.sum(1) * np.array(self._spec.expert_bytes)).sum())
 
-    def _do_describe(self) -> dict[str, Any]:
+    def _hold(self, term: int, ref: Ref) -> None:
+        self._obey(term)
+        if self._held is not ref:
+            if self._held is not None:
+                self._held.end(False)
+            self._held = ref
+        self._queue.append(("hold", (term,), ref))
+
+    def _bring_one_more(
+        self, pairs: list[tuple[int, int]], source: Any, limit: float | None, term: int, ref: Ref
+    ) -> None:
+        """What was begun arrives, then the next is begun: not for an older controller."""
+        if ref.begun:
+            self._do_bring(pairs[ref.begun - 1 : ref.begun], source, limit, self.term)
+        self._obey(term)
+        if ref.begun == len(pairs):
+            ref.end({"resident_bytes": self._bytes(), "failed": []})
+            return
+        ref.begun += 1
+        self._queue.append(("bring", (pairs, source, limit, term), ref))
+
+    def _do_describe(self, term: int) -> dict[str, Any]:
+        self._obey(term)
         endpoint = {
             "id": self.id,
             "node": self.node,
@@ -128,7 +160,14 @@ class Process:
 
     def _do_ping(self, term: int) -> dict[str, Any]:
         self._obey(term)
-        return {"samples": [], "queued_pairs": 0, "busy_s": self.busy_s, "served_since": None}
+        return {
+            "samples": [],
+            "queued_pairs": 0,
+            "busy_s": self.busy_s,
+            "served_since": None,
+            "resident": np.packbits(self.resident),
+            "resident_bytes": self._bytes(),
+        }
 
     def _do_bring(
         self, pairs: list[tuple[int, int]], source: Any, limit: float | None, term: int
@@ -138,6 +177,10 @@ class Process:
         for layer, expert in pairs:
             if source is not None and source["id"] in self.broken_sources:
                 failed.append((layer, expert, "broken"))
+                continue
+            size = 0 if self.resident[layer, expert] else self._spec.expert_bytes[layer]
+            if self._bytes() + size > self.memory_bytes:
+                failed.append((layer, expert, "over the budget"))
                 continue
             self.resident[layer, expert] = True
             self.brought.append((layer, expert, source and source["id"]))
@@ -217,7 +260,7 @@ class FakeCluster(RayCluster):
         for actor in actors:
             actor.die()
 
-    def died(self, error: Exception) -> bool:
+    def died(self, error: Exception | None) -> bool:
         return isinstance(error, Died)
 
     def of(self, group_id: str) -> Process:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,7 +86,7 @@ def test_a_later_life_is_not_measured_again(model: ModelSpec, settings: dict[str
         slowdown=1.0,
         speed=123.0,
     )
-    assert group.describe()["speed"] == 123.0
+    assert group.describe(1)["speed"] == 123.0
     group.close()
 
 
@@ -94,7 +95,7 @@ def test_load_copy_drop(groups: list[ExpertGroup], model: ModelSpec) -> None:
     size = model.expert_bytes[0]
     assert load(first, [(0, 0), (0, 3), (1, 2)]) == 3 * size
     assert load(first, [(0, 0)]) == 3 * size, "loading again changes nothing"
-    endpoint = first.describe()["endpoint"]
+    endpoint = first.describe(1)["endpoint"]
     copied = second.bring([(0, 3), (0, 1), (1, 2)], endpoint, None, 1)
     assert copied["resident_bytes"] == 2 * size, "what the source lacks does not stop the rest"
     assert [tuple(f[:2]) for f in copied["failed"]] == [(0, 1)]
@@ -124,7 +125,7 @@ def test_a_copy_that_nobody_waits_for_leaves_the_core_to_requests(
 def test_a_source_that_is_gone_is_given_up_at_once(groups: list[ExpertGroup]) -> None:
     first, second = groups
     load(first, [(0, 0), (0, 3)])
-    endpoint = first.describe()["endpoint"]
+    endpoint = first.describe(1)["endpoint"]
     first.close()
     answer = second.bring([(0, 0), (0, 3)], endpoint, None, 1)
     assert [tuple(f[:2]) for f in answer["failed"]] == [(0, 0), (0, 3)]
@@ -141,6 +142,55 @@ def test_an_older_controller_is_not_obeyed(groups: list[ExpertGroup]) -> None:
     assert np.array(group.report()["resident"]).sum() == 1
 
 
+def test_only_the_newest_call_of_hold_waits(groups: list[ExpertGroup]) -> None:
+    group, answers = groups[0], []
+    threads = [
+        threading.Thread(target=lambda term=n: answers.append(group.hold(term)), daemon=True)
+        for n in range(1, 11)
+    ]
+    for n, thread in enumerate(threads):  # each controller of a group's life makes one
+        thread.start()
+        if n:
+            threads[n - 1].join(60)
+            assert not threads[n - 1].is_alive()
+    assert answers == [False] * 9
+    group.close()
+    threads[-1].join(60)
+    assert answers[-1] is True
+
+
+def test_a_load_and_a_drop_end_when_a_newer_controller_comes(
+    groups: list[ExpertGroup], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = groups[0]
+    load(group, [(1, 0), (1, 1)])
+    there = []
+
+    def newer_after(work: Any, term: int) -> Any:
+        def done(layer: int, expert: int) -> None:
+            work(layer, expert)
+            there.append(group.ping(term)["resident"])
+
+        return done
+
+    runtime = group._runtime
+    monkeypatch.setattr(runtime, "add_from_checkpoint", newer_after(runtime.add_from_checkpoint, 2))
+    failed = group.bring([(0, 0), (0, 1), (0, 2)], None, None, 1)["failed"]
+    assert [tuple(f[:2]) for f in failed] == [(0, 1), (0, 2)] and "term 2" in failed[0][2]
+    resident = np.array(group.describe(2)["resident"])
+    assert resident.sum() == 3 and (np.packbits(resident) == there[0]).all()
+    drop = runtime.drop
+
+    def dropped(layer: int, expert: int) -> None:
+        drop(layer, expert)
+        group._term = 3
+
+    monkeypatch.setattr(runtime, "drop", dropped)
+    with pytest.raises(ConfigError, match="term 3"):
+        group.drop([(1, 0), (1, 1)], 2)
+    assert np.array(group.describe(3)["resident"])[1].tolist() == [False, True, False, False]
+
+
 def test_a_group_can_be_slowed_at_run_time(groups: list[ExpertGroup]) -> None:
     groups[0].set_slowdown(3.0)
     with pytest.raises(ConfigError, match="1 or more"):
@@ -155,7 +205,7 @@ def test_over_the_budget_says_by_how_much(groups: list[ExpertGroup]) -> None:
 
 
 def test_describe_measures_the_speed(groups: list[ExpertGroup]) -> None:
-    told = groups[0].describe()
+    told = groups[0].describe(1)
     assert told["speed"] > 0
     assert told["resident_bytes"] == 0
     assert told["endpoint"]["incarnation"] == 1

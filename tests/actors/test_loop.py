@@ -321,6 +321,61 @@ def test_a_controller_that_is_killed_in_the_middle_of_growing(tmp_path: Path) ->
     assert w.control.tables[-1].order > epoch and w.loop.term == 2
 
 
+@pytest.mark.parametrize("undo", [False, True])
+@pytest.mark.parametrize("answers", [0, 1, 3])
+def test_a_controller_that_is_killed_in_the_middle_of_a_copy(
+    tmp_path: Path, answers: int, undo: bool
+) -> None:
+    w = world(tmp_path, groups=3, slots=5, live=False)
+    w.turns()
+    for process in w.cluster.living().values():
+        process.trickle = True
+    drain(w, "g1")
+    w.turns(answers)
+    w.controller()
+    for process in w.cluster.living().values():
+        process.answer()  # says what it holds; what was begun arrives only then
+    for process in w.cluster.living().values():
+        process.answer()
+    if undo:  # what arrives late is in no plan
+        drain(w, "g1", undo=True)
+    w.turns(80)
+    for group_id, process in w.cluster.living().items():
+        assert (w.loop.groups[group_id].resident == process.resident).all(), "none is unknown"
+    assert w.served() and w.states()["g1"] == ("ready" if undo else "drained")
+    assert w.loop.executor.stats.failed == 0
+
+
+def test_what_an_earlier_controller_had_dropped_late_is_not_taken_to_be_there(
+    tmp_path: Path,
+) -> None:
+    w = world(tmp_path)
+    w.turns()
+    lost = w.cluster.of("g0")
+    layer, expert = (int(i) for i in np.argwhere(lost.resident)[0])
+    lost.resident[layer, expert] = False
+    for _ in range(40):
+        for process in w.cluster.living().values():
+            process.answer()
+        w.now += 0.25
+        w.loop.turn(0.0)
+    assert w.served() and w.loop.complete()
+    w.check()
+
+
+def test_controllers_come_and_go_and_each_is_answered(tmp_path: Path) -> None:
+    w = world(tmp_path)
+    w.turns()
+    lives = w.lives()
+    for _ in range(10):
+        w.controller()
+        w.turns(30)
+        assert w.served() and w.lives() == lives and set(w.states().values()) == {"ready"}
+    w.cluster.of("g0").die()
+    w.turns(30)
+    assert w.served() and w.lives()["g0"] > lives["g0"], "the newest hears of a death"
+
+
 def test_the_older_of_two_controllers_has_no_say(tmp_path: Path) -> None:
     w = world(tmp_path)
     w.turns()
