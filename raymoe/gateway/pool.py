@@ -8,7 +8,14 @@ import logging
 from collections.abc import Awaitable, Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from raymoe.errors import Overloaded, PeerLost, RaymoeError, RouterUnavailable
+from raymoe.errors import (
+    FrameError,
+    Overloaded,
+    PeerLost,
+    RaymoeError,
+    RequestError,
+    RouterUnavailable,
+)
 from raymoe.gateway.backend import RouterState
 from raymoe.gateway.connection import RouterConnection
 from raymoe.gateway.open_request import OpenRequest
@@ -159,6 +166,9 @@ class RouterPool:
             except PeerLost:  # lost this moment; its own loss is being handled
                 connection.mark_lost()
                 continue
+            except FrameError as error:  # millions of tokens: it alone ends, wherever it comes from
+                opened.fail(RequestError(f"the request is too large for a router: {error}"))
+                return
             self._open[opened.wire_id] = opened
             opened.connection = connection
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -573,5 +574,59 @@ def test_closing_ends_what_is_open() -> None:
             await pool.close()
             assert isinstance(reader.error, RouterUnavailable)
             await until(lambda: routers[0].running == 0)
+
+    asyncio.run(main())
+
+
+def test_a_request_larger_than_a_frame_is_the_clients_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Bodies are smaller than frames, but text may become five bytes a token."""
+    monkeypatch.setattr("raymoe.stream.frames.MAX_FRAME_BYTES", 2048)
+
+    async def main() -> None:
+        router = fake("r0")
+        with routers_of(router):
+            pool = pool_of([router])
+            async with in_process(pool, TOKENIZER) as http:
+                large = {"prompt": [5] * 2500, "max_tokens": 4}
+                for body in (large, {**large, "stream": True}, {**large, "n": 3}):
+                    answer = await http.post("/v1/completions", json=body)
+                    assert answer.status_code == 400, answer.text
+                    said = answer.json()["error"]
+                    assert said["code"] == "invalid_value"
+                    assert "too large for a router" in said["message"]
+                assert pool.in_flight == 0 and not router.seen
+                small = await http.post("/v1/completions", json={**large, "prompt": [5] * 500})
+                assert small.json()["usage"]["completion_tokens"] == 4
+
+    asyncio.run(main())
+
+
+def test_a_request_that_has_grown_larger_than_a_frame_ends_alone_when_its_router_is_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def main() -> None:
+        routers = [fake("r0", step_s=0.01)]
+        with routers_of(routers[0]):
+            pool = pool_of(routers)
+            await start(pool, 1)
+            long, short = Reader(), Reader()
+            long_one, short_one = request("long", 2000), request("short", 80)
+            long_one = replace(long_one, prompt_ids=(5,) * 700)
+            pool.open(long_one, long.deliver, long.fail)  # the first to be sent elsewhere
+            pool.open(short_one, short.deliver, short.fail)
+            await until(lambda: len(long.tokens) >= 20 and len(short.tokens) >= 20)
+            monkeypatch.setattr("raymoe.stream.frames.MAX_FRAME_BYTES", 700)
+            dying = routers[0]
+            routers[0] = fake("r1").start()
+            await asyncio.to_thread(dying.close)
+            async with asyncio.timeout(60):
+                await asyncio.gather(long.ended.wait(), short.ended.wait())
+            assert isinstance(long.error, RequestError)
+            assert short.error is None and short.tokens == by_position(short_one)
+            assert pool.in_flight == 0
+            await pool.close()
+            routers[0].close()
 
     asyncio.run(main())
