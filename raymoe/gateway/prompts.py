@@ -19,11 +19,10 @@ from raymoe.gateway.sampling import (
     sampling_params,
 )
 from raymoe.gateway.schemas import ChatBody, CompletionBody, SamplingBody, TokenizeBody
-from raymoe.gateway.tokenizer import GatewayTokenizer
+from raymoe.gateway.tokenizer import LONG, GatewayTokenizer
 from raymoe.requests import GenerationRequest
 from raymoe.stream.messages import ModelInfo
 
-_LONG = 16_384  # characters, or what takes about as long; from here on work leaves the event loop
 _MESSAGE = 128  # what the template does with a message, in characters
 
 
@@ -172,8 +171,9 @@ async def _encode(
 ) -> tuple[int, ...]:
     """size: characters of the whole request. Raises ApiError for a text that is far too long,
     without encoding it."""
-    if size >= _LONG:
-        check_length(tokenizer.least_tokens(text), field, model)
+    if size >= LONG:
+        least = await off_loop(size, tokenizer.least_tokens, text)
+        check_length(least, field, model)
     return await off_loop(size, tokenizer.encode, text, add_special_tokens)
 
 
@@ -184,8 +184,8 @@ def weight(body: ChatBody | TokenizeBody) -> int:
 
 
 async def off_loop(size: int, work: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
-    """The result of `work`; in a thread when `size` (characters) is large, so that the streams of
-    other clients go on."""
-    if size < _LONG:
+    """The result of `work`; in a thread when `size` (characters, or what takes about as long) is
+    large, so that the streams of other clients go on."""
+    if size < LONG:
         return work(*args, **named)
     return await asyncio.to_thread(work, *args, **named)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -90,3 +91,49 @@ def test_too_many_prompts_are_refused_before_they_are_encoded(
 
     asyncio.run(main())
     assert not seen
+
+
+def test_encoding_a_long_text_leaves_python_to_other_threads() -> None:
+    """A thread alone does not: the library's `encode` keeps Python's lock to its end."""
+    tokenizer = tiny_tokenizer()
+    text = "The quick brown fox jumps over the lazy dog. " * 30_000
+    ended = False
+
+    async def longest_wait() -> float:
+        longest, last = 0.0, time.monotonic()
+        while not ended:
+            await asyncio.sleep(0.001)
+            longest, last = max(longest, time.monotonic() - last), time.monotonic()
+        return longest
+
+    async def part_waited() -> float:
+        """The longest pause of the event loop, as a part of the time the encoding took."""
+        nonlocal ended
+        ended = False
+        waiting = asyncio.create_task(longest_wait())
+        await asyncio.sleep(0.01)
+        began = time.monotonic()
+        await asyncio.to_thread(tokenizer.encode, text)
+        took, ended = time.monotonic() - began, True
+        return await waiting / took
+
+    # A machine under load may hold the loop up by itself, but not every time.
+    assert any(asyncio.run(part_waited()) < 0.5 for _ in range(10))
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_long_texts_have_the_tokens_that_the_library_gives_them(special: bool) -> None:
+    tokenizer = tiny_tokenizer()
+    for text in ("Hello world.\n", "<|user|> a <|end|>", "\u00e4\u2003\U0001f600 "):
+        long = text * 8000
+        expected = tokenizer._backend.encode(long, add_special_tokens=special).ids
+        assert tokenizer.encode(long, special) == tuple(expected)
+
+
+def test_blanks_do_not_count_for_the_least_tokens() -> None:
+    tokenizer = tiny_tokenizer()
+    blanks = "".join(chr(code) for code in range(0x110000) if chr(code).isspace())
+    text = f"a{blanks}b{blanks}\u200bc\u00e4"  # no width, but no blank
+    assert sum(map(len, text.split())) == 5
+    longest = tokenizer.least_tokens("a" * 10_000)
+    assert tokenizer.least_tokens(text * 2000) == longest
