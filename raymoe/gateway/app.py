@@ -102,13 +102,13 @@ def create_app(
 
     @app.post("/v1/completions", openapi_extra=body_of(CompletionBody))
     async def completions(request: Request) -> Response:
-        body = await read_body(request, CompletionBody, config.max_body_bytes)
+        body, _ = await read_body(request, CompletionBody, config.max_body_bytes)
         return await complete(serving, request, body)
 
     @app.post("/v1/chat/completions", openapi_extra=body_of(ChatBody))
     async def chat_completions(request: Request) -> Response:
-        body = await read_body(request, ChatBody, config.max_body_bytes)
-        return await chat(serving, request, body)
+        body, size = await read_body(request, ChatBody, config.max_body_bytes)
+        return await chat(serving, request, body, size)
 
     @app.post("/v1/embeddings")
     async def embeddings() -> Response:
@@ -129,13 +129,13 @@ def create_app(
 
     @app.post("/tokenize", openapi_extra=body_of(TokenizeBody))
     async def tokenize(request: Request) -> dict[str, Any]:
-        body = await read_body(request, TokenizeBody, config.max_body_bytes)
+        body, size = await read_body(request, TokenizeBody, config.max_body_bytes)
         serving.check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise RequestError("give either 'prompt' or 'messages'", "prompt")
         text = body.prompt
         if text is None:
-            text = await off_loop(weight(body), chat_text, body, tokenizer)
+            text = await off_loop(weight(body, size), chat_text, body, tokenizer)
         special = body.prompt is not None
         if body.add_special_tokens is not None:
             special = body.add_special_tokens
@@ -143,21 +143,28 @@ def create_app(
         info = await backend.model_info()
         answer = {"count": len(ids), "max_model_len": info.longest_tokens, "tokens": ids}
         if body.return_token_strs:
-            answer["token_strs"] = [tokenizer.token_text(token_id) for token_id in ids]
+            answer["token_strs"] = await off_loop(
+                len(ids), lambda: [*map(tokenizer.token_text, ids)]
+            )
         return answer
 
     @app.post("/detokenize", openapi_extra=body_of(DetokenizeBody))
     async def detokenize(request: Request) -> dict[str, Any]:
-        body = await read_body(request, DetokenizeBody, config.max_body_bytes)
+        body, _ = await read_body(request, DetokenizeBody, config.max_body_bytes)
         serving.check_model(body.model)
         info = await backend.model_info()
-        for at, token_id in enumerate(body.tokens):
-            if token_id >= info.vocab:
-                raise RequestError(
-                    f"token id {token_id} is not in the vocabulary of {info.vocab}", f"tokens[{at}]"
-                )
         ids, skip = body.tokens, bool(body.skip_special_tokens)
-        return {"prompt": await off_loop(len(ids), tokenizer.decode, ids, skip)}
+
+        def decoded() -> str:
+            for at, token_id in enumerate(ids):
+                if token_id >= info.vocab:
+                    raise RequestError(
+                        f"token id {token_id} is not in the vocabulary of {info.vocab}",
+                        f"tokens[{at}]",
+                    )
+            return tokenizer.decode(ids, skip)
+
+        return {"prompt": await off_loop(len(ids), decoded)}
 
     @app.head("/health", include_in_schema=False)
     @app.get("/health")

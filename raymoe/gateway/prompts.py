@@ -81,10 +81,12 @@ async def completion_prompts(
     return prompts
 
 
-async def chat_prompt(body: ChatBody, model: ModelInfo, tokenizer: GatewayTokenizer) -> Prompt:
-    """Raises RequestError or ApiError naming the field."""
+async def chat_prompt(
+    body: ChatBody, model: ModelInfo, tokenizer: GatewayTokenizer, size: int
+) -> Prompt:
+    """size: bytes of the request. Raises RequestError or ApiError naming the field."""
     check_body(body, model)
-    text = await off_loop(weight(body), chat_text, body, tokenizer)
+    text = await off_loop(weight(body, size), chat_text, body, tokenizer)
     # The template writes the special tokens itself.
     special = bool(body.add_special_tokens)
     ids = await _encode(tokenizer, text, special, "messages", model, len(text))
@@ -177,10 +179,10 @@ async def _encode(
     return await off_loop(size, tokenizer.encode, text, add_special_tokens)
 
 
-def weight(body: ChatBody | TokenizeBody) -> int:
-    """How much work the chat template has, in characters."""
-    messages = body.messages or ()
-    return sum(_MESSAGE + len(one.content or "") for one in messages)
+def weight(body: ChatBody | TokenizeBody, size: int) -> int:
+    """How much work the chat template has, in characters, with the messages and tools of a request
+    of so many bytes."""
+    return size + _MESSAGE * len(body.messages or ())
 
 
 async def off_loop(size: int, work: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:

@@ -85,13 +85,13 @@ async def complete(serving: Serving, request: Request, body: CompletionBody) -> 
     return JSONResponse(shape.whole(outputs, _usage(answer)), headers=id_header(request, shape))
 
 
-async def chat(serving: Serving, request: Request, body: ChatBody) -> Response:
-    """POST /v1/chat/completions."""
+async def chat(serving: Serving, request: Request, body: ChatBody, size: int) -> Response:
+    """POST /v1/chat/completions; size: bytes of the body."""
     serving.check_model(body.model)
     serving.backend.admit(1)  # before the work of encoding
     _check_count(serving, 1, body.n or 1)
     model = await serving.backend.model_info()
-    prompts = [await chat_prompt(body, model, serving.tokenizer)]
+    prompts = [await chat_prompt(body, model, serving.tokenizer, size)]
     shape = Shape("chat", serving.model_name, serving.tokenizer, forced_calls(body))
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     choices = make_choices(

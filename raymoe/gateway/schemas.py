@@ -4,7 +4,8 @@ A few OpenAI fields are accepted and have no effect, because clients send them a
 course and nothing in the answer depends on them: `user`, `metadata`, `store`, `service_tier`,
 `safety_identifier`, `prompt_cache_key`, `prompt_cache_retention`, `prompt_cache_options`, and
 `parallel_tool_calls`.
-Fields that would change the answer and cannot be honoured are refused by name.
+Fields that would change the answer and cannot be honoured are refused by name. Lists that may be
+long end at their first mistake: a million of them would take seconds and a gigabyte to tell.
 """
 
 from __future__ import annotations
@@ -154,7 +155,7 @@ class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: list[ToolCall] | None = Field(default=None, fail_fast=True)
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     refusal: Ignored = None
@@ -166,10 +167,10 @@ class ChatMessage(Body):
 class ChatBody(SamplingBody):
     """POST /v1/chat/completions."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, fail_fast=True)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
-    tools: list[Tool] | None = None
+    tools: list[Tool] | None = Field(default=None, fail_fast=True)
     tool_choice: ToolChoice = None
     parallel_tool_calls: Ignored = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
@@ -193,8 +194,8 @@ class TokenizeBody(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[ChatMessage] | None = Field(default=None, min_length=1)
-    tools: list[Tool] | None = None
+    messages: list[ChatMessage] | None = Field(default=None, min_length=1, fail_fast=True)
+    tools: list[Tool] | None = Field(default=None, fail_fast=True)
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     return_token_strs: bool | None = None
@@ -204,5 +205,5 @@ class DetokenizeBody(Body):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0)]]
+    tokens: list[Annotated[int, Field(ge=0)]] = Field(fail_fast=True)
     skip_special_tokens: bool | None = None

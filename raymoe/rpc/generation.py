@@ -13,7 +13,13 @@ from pydantic import ValidationError
 from raymoe.errors import RaymoeError
 from raymoe.gateway.answer import Answer
 from raymoe.gateway.errors import ApiError, api_error, validation_error
-from raymoe.gateway.prompts import Prompt, chat_prompt, completion_prompts, make_choices
+from raymoe.gateway.prompts import (
+    Prompt,
+    chat_prompt,
+    completion_prompts,
+    make_choices,
+    off_loop,
+)
 from raymoe.gateway.routes import Serving
 from raymoe.gateway.schemas import ChatBody, CompletionBody, SamplingBody
 from raymoe.gateway.shapes import Shape
@@ -103,22 +109,29 @@ class Generation(GenerationServicer):
             answer.close()
 
     async def _prompt(self, request: Any, model: Any) -> tuple[SamplingBody, Prompt]:
-        """The request as the HTTP route's body, checked by the same rules."""
-        sampling = MessageToDict(request.sampling, preserving_proto_field_name=True)
-        for name in ("seed",):  # JSON has 64-bit integers as strings
-            if name in sampling:
-                sampling[name] = int(sampling[name])
-        kind = request.WhichOneof("prompt")
-        if kind == "chat":
-            messages = [{"role": m.role, "content": m.content} for m in request.chat.messages]
-            chat = ChatBody.model_validate({**sampling, "messages": messages})
-            return chat, await chat_prompt(chat, model, self._serving.tokenizer)
-        if kind is None:
-            raise ApiError(400, "give text, token_ids or chat", "prompt")
-        prompt = request.text if kind == "text" else list(request.token_ids.ids)
-        body = CompletionBody.model_validate({**sampling, "prompt": prompt})
+        """The request's body, checked by the HTTP route's rules, and its prompt."""
+        size = request.ByteSize()
+        body = await off_loop(size, _body, request)
+        if isinstance(body, ChatBody):
+            return body, await chat_prompt(body, model, self._serving.tokenizer, size)
         (only,) = await completion_prompts(body, model, self._serving.tokenizer)
         return body, only
+
+
+def _body(request: Any) -> ChatBody | CompletionBody:
+    """The request as the body of the HTTP route."""
+    sampling = MessageToDict(request.sampling, preserving_proto_field_name=True)
+    for name in ("seed",):  # JSON has 64-bit integers as strings
+        if name in sampling:
+            sampling[name] = int(sampling[name])
+    kind = request.WhichOneof("prompt")
+    if kind == "chat":
+        messages = [{"role": m.role, "content": m.content} for m in request.chat.messages]
+        return ChatBody.model_validate({**sampling, "messages": messages})
+    if kind is None:
+        raise ApiError(400, "give text, token_ids or chat", "prompt")
+    prompt = request.text if kind == "text" else list(request.token_ids.ids)
+    return CompletionBody.model_validate({**sampling, "prompt": prompt})
 
 
 async def refuse(context: Any, error: Exception) -> None:

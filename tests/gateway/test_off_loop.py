@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from raymoe.gateway import GatewayTokenizer
+from raymoe.gateway import GatewayTokenizer, bodies
 from tests.gateway.conftest import in_process, pool_of, routers_of
 from tests.gateway.fakes import FakeRouter
 from tests.gateway.tiny_tokenizer import tiny_tokenizer
 
 MESSAGE = {"role": "user", "content": "hi"}
+TOOL = {"type": "function", "function": {"name": "find", "description": "a" * 40}}
 
 
 def threads_of(
@@ -32,8 +33,12 @@ def threads_of(
 
         return spy
 
-    for name in ("encode", "decode", "chat"):
-        monkeypatch.setattr(tokenizer, name, spied(name, getattr(tokenizer, name)))
+    for owner, *names in (
+        (tokenizer, "encode", "decode", "chat", "token_text"),
+        (bodies, "_checked"),
+    ):
+        for name in names:
+            monkeypatch.setattr(owner, name, spied(name, getattr(owner, name)))
     return seen
 
 
@@ -47,7 +52,25 @@ def threads_of(
             {"messages": [MESSAGE] * 300},
             {"chat"},
         ),
+        (
+            "/v1/chat/completions",
+            {"messages": [MESSAGE]},
+            {"messages": [MESSAGE], "tools": [TOOL] * 300},
+            {"chat"},
+        ),
+        (
+            "/v1/chat/completions",
+            {"messages": [MESSAGE]},
+            {"messages": [MESSAGE] * 3000},
+            {"chat", "_checked"},
+        ),
         ("/tokenize", {"prompt": "a"}, {"prompt": "a" * 20_000}, {"encode"}),
+        (
+            "/tokenize",
+            {"prompt": "a", "return_token_strs": True},
+            {"prompt": "a" * 100_000, "return_token_strs": True},
+            {"encode", "token_text", "_checked"},
+        ),
         ("/detokenize", {"tokens": [65]}, {"tokens": [65] * 20_000}, {"decode"}),
     ],
 )
@@ -90,7 +113,7 @@ def test_too_many_prompts_are_refused_before_they_are_encoded(
                 assert answer.json()["error"]["param"] == "prompt"
 
     asyncio.run(main())
-    assert not seen
+    assert seen.keys() == {"_checked"}
 
 
 def test_encoding_a_long_text_leaves_python_to_other_threads() -> None:
