@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from raymoe.checkpoint.spec import ModelSpec
 from raymoe.copying import Sender, Wait, fetch_record
 from raymoe.dispatch import Ints
 from raymoe.errors import ConfigError
-from raymoe.experts.shard import ExpertShard
+from raymoe.experts.shard import Between, ExpertShard
 from raymoe.links.connect import connect_stream
 from raymoe.links.handshake import Identity, Peer
 from raymoe.links.link import Request
@@ -64,6 +65,18 @@ class GroupReport:
         plain["resident"] = self.resident.tolist()
         plain["samples"] = [list(sample) for sample in self.samples]
         return plain
+
+
+@dataclass(slots=True)
+class _Work:
+    """The compute thread at a message: since when, and what of the time was not the message's."""
+
+    began_ns: int
+    cpu_ns: int  # of the thread by then; of slowed groups
+    slowdown: float
+    waited_ns: float = 0.0  # to be as slow as that
+    away_ns: int = 0  # at other messages
+    away_cpu_ns: int = 0
 
 
 class GroupRuntime:
@@ -247,27 +260,43 @@ class GroupRuntime:
         poll = self.server.poll
         while not self._closed.is_set():
             try:
-                requests = poll(1.0)
-                if len(requests) > 1:
-                    self._serve_together(requests)
-                else:
-                    for request in requests:
-                        self._serve_one(request)
+                self._serve_all(poll(1.0))
             except Exception:  # a mistake of ours; without this thread the group only seems to live
                 log.exception("group %s did not answer a message", self.id)
                 self._closed.wait(0.01)
 
+    def _serve_all(self, requests: list[Request]) -> None:
+        if len(requests) > 1:
+            self._serve_together(requests)
+        elif requests:
+            self._serve_one(requests[0])
+
+    def _serve_small(self, work: _Work) -> None:
+        """In the midst of a large message: small ones that have come pass it by.
+
+        So a router's decode waits for a few milliseconds of another's prompt, not for all of it.
+        """
+        self._slow_down(work)
+        before = time.perf_counter_ns(), time.thread_time_ns()
+        self._serve_all(self.server.poll_decode())
+        work.away_ns += time.perf_counter_ns() - before[0]
+        work.away_cpu_ns += time.thread_time_ns() - before[1]
+
+    def _between(self, requests: list[Request], work: _Work) -> Between | None:
+        large = any(self.server.is_large(request.call) for request in requests)
+        return partial(self._serve_small, work) if large else None
+
     def _serve_one(self, request: Request) -> None:
         call = request.call
-        started = self._clocks()
+        work = self._begin()
         missing: list[int] = []
         error: str | None = None
         try:
-            missing = self._compute(request)
+            missing = self._compute(request, self._between([request], work))
         except Exception as failure:
             log.exception("group %s failed in MoE layer %d", self.id, call.layer)
             error = f"{type(failure).__name__}: {failure}"
-        busy_ns = self._busy_ns(started)
+        busy_ns = self._end(work)
         self.server.reply(request, missing=missing or None, error=error, busy_ns=busy_ns)
         with self._count_lock:
             self._messages += 1
@@ -280,12 +309,12 @@ class GroupRuntime:
                 self._has_served(call.pairs, busy_ns)
                 self._timed(call.pairs, call.experts, busy_ns)
 
-    def _compute(self, request: Request) -> list[int]:
+    def _compute(self, request: Request, between: Between | None) -> list[int]:
         if self._compute_at is not None and request.wire.torch_dtype is torch.float32:
             words, (_, mode, _, experts, pairs, _) = request.words_address, request.call
             weights = words + 8 * experts + 4 * pairs if mode == PARTIAL else None
             if self._compute_at(
-                request.call, words, weights, request.x_address, request.out_address
+                request.call, words, weights, request.x_address, request.out_address, between
             ):
                 return []
         return self.shard.compute(
@@ -296,6 +325,7 @@ class GroupRuntime:
             request.token_of_pair,
             request.weights,
             request.out,
+            between,
         )
 
     def _tally(self, request: Request) -> None:
@@ -317,22 +347,30 @@ class GroupRuntime:
         self._samples.append(sample)
         self._fresh.append(sample)
 
-    def _clocks(self) -> tuple[int, int]:
-        """Now; and, for slowed groups, the CPU time of this thread."""
-        return time.perf_counter_ns(), time.thread_time_ns() if self.slowdown > 1.0 else 0
+    def _begin(self) -> _Work:
+        slowdown = self.slowdown
+        cpu_ns = time.thread_time_ns() if slowdown > 1.0 else 0
+        return _Work(time.perf_counter_ns(), cpu_ns, slowdown)
 
-    def _busy_ns(self, started: tuple[int, int]) -> int:
-        if started[1]:
-            used_ns = time.thread_time_ns() - started[1]
-            self._closed.wait(used_ns * 1e-9 * (self.slowdown - 1.0))
-        return time.perf_counter_ns() - started[0]
+    def _end(self, work: _Work) -> int:
+        """Nanoseconds that the message has taken."""
+        self._slow_down(work)
+        return time.perf_counter_ns() - work.began_ns - work.away_ns
+
+    def _slow_down(self, work: _Work) -> None:
+        """Waits for the rest of what its work so far takes a slower device."""
+        if work.slowdown > 1.0:
+            used_ns = time.thread_time_ns() - work.cpu_ns - work.away_cpu_ns
+            owed_ns = used_ns * (work.slowdown - 1.0) - work.waited_ns
+            self._closed.wait(owed_ns * 1e-9)
+            work.waited_ns += owed_ns
 
     def _serve_together(self, requests: list[Request]) -> None:
         """Messages of one layer and mode as one: each expert's weights are read once for all.
 
         Whatever goes wrong, they are served one by one, so that only the guilty one fails.
         """
-        started = self._clocks()
+        work = self._begin()
         layer, mode = requests[0].call.layer, requests[0].call.mode
         try:
             joined = _Joined(requests)
@@ -344,6 +382,7 @@ class GroupRuntime:
                 torch.from_numpy(joined.token_of_pair),
                 joined.weights,
                 joined.out,
+                self._between(requests, work),
             )
             if not missing:
                 joined.hand_out(requests, mode)
@@ -353,7 +392,7 @@ class GroupRuntime:
             for request in requests:
                 self._serve_one(request)
             return
-        busy_ns = self._busy_ns(started)
+        busy_ns = self._end(work)
         for request in requests:
             share = request.call.pairs / len(joined.token_of_pair)
             self.server.reply(request, busy_ns=int(busy_ns * share))

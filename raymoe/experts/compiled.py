@@ -129,7 +129,7 @@ class CompiledKernel:
             layer, self.table(replicas), words.data_ptr(), None, x.data_ptr(), out.data_ptr(),
             experts=len(replicas), tokens=len(x),
         )  # fmt: skip
-        assert done
+        assert done == len(token_of_pair)
         return out
 
     def table(self, replicas: Sequence[Any]) -> ReplicaTable:
@@ -147,14 +147,19 @@ class CompiledKernel:
         *,
         experts: int,
         tokens: int,
-    ) -> bool:
-        """One message at addresses, see raymoe_experts; False when an expert is not held."""
+        first: int = 0,
+        budget_ns: int = 0,
+    ) -> int:
+        """One message at addresses, from pair `first` on, see raymoe_experts.
+
+        The pair to go on with when `budget_ns` (0: none) is over; -1: an expert is not held.
+        """
         hidden, inner = layer.sources[0].shape[0], layer.inner
         scratch = self._scratch.get((hidden, inner))
         if scratch is None:
             size = self._native.experts_scratch(hidden, inner)
             scratch = self._scratch[hidden, inner] = torch.empty(size)
-        return not self._native.experts(
+        return self._native.experts(
             table.address, len(table.replicas), words, weights, x, out, scratch.data_ptr(),
-            experts, tokens, hidden, inner, self._narrow,
+            experts, tokens, hidden, inner, self._narrow, first, budget_ns,
         )  # fmt: skip

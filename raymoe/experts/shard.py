@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -16,6 +17,9 @@ from raymoe.experts.compiled import CompiledKernel, ReplicaTable
 from raymoe.experts.kernels import ExpertKernel, Prepared
 from raymoe.experts.staging import Pairs, Staging
 from raymoe.links.protocol import PARTIAL, ROWS, Call, check_words
+
+SLICE_NS = 4_000_000  # of a message that may be interrupted
+Between = Callable[[], None]
 
 
 class ExpertShard:
@@ -150,6 +154,7 @@ class ExpertShard:
         token_of_pair: Tensor,
         weights: Tensor | None,
         out: Tensor,
+        between: Between | None = None,
     ) -> list[int]:
         """Run one message's pairs through their experts.
 
@@ -157,6 +162,9 @@ class ExpertShard:
         token_of_pair [P] int32 rows of x; weights [P] float32.
         With weights: out [N, D] = sum over the pairs of a row of weight * FFN(x[row]), cast to
         out's dtype. Without: out [P, D], the unweighted row of each pair in the given order.
+
+        `between` is called now and then where the kernel allows it (compiled): other messages may
+        be computed in it, by this thread. Sums are the same with it and without.
 
         All in host memory, and `out` is written on return. Of a shard on another device x and out
         may both lie there instead: then it is written in the order of the device's stream.
@@ -174,7 +182,7 @@ class ExpertShard:
             total = out if exact else torch.empty(out.shape, dtype=self._dtype)
             x = x.to(self._dtype).contiguous()
             self._compute_compiled(
-                layer, table, x, expert_ids, counts, token_of_pair, weights, total
+                layer, table, x, expert_ids, counts, token_of_pair, weights, total, between
             )
             if not exact:
                 out.copy_(total)
@@ -226,7 +234,15 @@ class ExpertShard:
             if host:
                 staging.down(rows, out)
 
-    def compute_at(self, call: Call, words: int, weights: int | None, x: int, out: int) -> bool:
+    def compute_at(
+        self,
+        call: Call,
+        words: int,
+        weights: int | None,
+        x: int,
+        out: int,
+        between: Between | None = None,
+    ) -> bool:
         """`compute` on addresses, all float32 and int32, for a message that has been checked.
 
         `words` are expert_ids [n], counts [n], token_of_pair [P]; weights [P] or None. False, and
@@ -234,18 +250,31 @@ class ExpertShard:
         compiled: `compute` tells which.
         """
         table = self._tables[call.layer]
-        return table is not None and self._run_at(table, call, words, weights, x, out)
+        return table is not None and self._run_at(table, call, words, weights, x, out, between)
 
     def _run_at(
-        self, table: ReplicaTable, call: Call, words: int, weights: int | None, x: int, out: int
+        self,
+        table: ReplicaTable,
+        call: Call,
+        words: int,
+        weights: int | None,
+        x: int,
+        out: int,
+        between: Between | None,
     ) -> bool:
         compiled = self._compiled[call.layer]
         assert compiled is not None
-        layer = self.spec.layer_specs[call.layer]
-        with self._compute:
-            return compiled.run_at(
-                layer, table, words, weights, x, out, experts=call.experts, tokens=call.tokens
-            )
+        layer, done = self.spec.layer_specs[call.layer], 0
+        budget_ns = 0 if between is None else SLICE_NS
+        while True:
+            with self._compute:
+                done = compiled.run_at(
+                    layer, table, words, weights, x, out,
+                    experts=call.experts, tokens=call.tokens, first=done, budget_ns=budget_ns,
+                )  # fmt: skip
+            if done < 0 or done >= call.pairs or between is None:
+                return done >= 0
+            between()
 
     def _compute_compiled(
         self,
@@ -257,6 +286,7 @@ class ExpertShard:
         token_of_pair: Tensor,
         weights: Tensor | None,
         out: Tensor,
+        between: Between | None,
     ) -> None:
         """x, weights and out float32; all of the experts are in `table`."""
         pairs, tokens, n = len(token_of_pair), len(x), len(expert_ids)
@@ -278,6 +308,7 @@ class ExpertShard:
             None if weights is None else weights.data_ptr(),
             x.data_ptr(),
             out.data_ptr(),
+            between,
         )
         assert done
 

@@ -139,13 +139,33 @@ class FairQueue(Generic[W]):
         else:
             ring = self._choose(now_s)
             first = ring.pop_oldest() if self._aged_last else ring.pop()
-            taken = [first]
-            room = self._fairness.merge_pairs - first.call.pairs
-            while room > 0 and ring and (more := ring.pop_like(first.call, room)) is not None:
-                taken.append(more)
-                room -= more.call.pairs
+            taken = self._with_its_like(ring, first)
         for item in taken:
             self._forget(item)
+        return taken
+
+    def pop_decode(self) -> list[W]:
+        """The next small requests, those that pass a large one by; [] when none waits."""
+        single = self._single
+        if single is not None:
+            if single.call.tokens > self._fairness.decode_tokens:
+                return []
+            self._single = None
+            taken = [single]
+        elif not self._decode:
+            return []
+        else:
+            taken = self._with_its_like(self._decode, self._decode.pop())
+        for item in taken:
+            self._forget(item)
+        return taken
+
+    def _with_its_like(self, ring: _RoundRobin[W], first: W) -> list[W]:
+        taken = [first]
+        room = self._fairness.merge_pairs - first.call.pairs
+        while room > 0 and ring and (more := ring.pop_like(first.call, room)) is not None:
+            taken.append(more)
+            room -= more.call.pairs
         return taken
 
     def _choose(self, now_s: float) -> _RoundRobin[W]:

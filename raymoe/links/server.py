@@ -32,6 +32,7 @@ from raymoe.links.protocol import (
     NACK,
     PONG,
     REPLY,
+    Call,
     Wire,
     make_header,
 )
@@ -144,6 +145,20 @@ class Server:
             return []
         finally:
             self._polling = False
+
+    def poll_decode(self) -> list[Request]:
+        """Small requests that wait now, to be served together; for the thread that polls, in the
+        midst of a large one."""
+        with self._lock:
+            if self._closed:
+                return []
+            self._handle(self._epoll.poll(0))
+            chosen = self._queue.pop_decode()
+        return [r for item in chosen if (r := self._checked(item)) is not None]
+
+    def is_large(self, call: Call) -> bool:
+        """Whether small requests may pass it by."""
+        return call.tokens > self.config.fairness.decode_tokens
 
     def _look(self, now: float) -> list[tuple[int, int]]:
         """Spin while that pays; the events that came."""

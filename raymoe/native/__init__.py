@@ -39,7 +39,7 @@ class Native:
         self.decode = _function(
             free, "raymoe_decode", _P, *[_I] * 7, *[_P, _I, _I] * 3, *[_P] * 4, _F, _F, _P
         )
-        self.experts = _function(free, "raymoe_experts", _P, _I, *[_P] * 5, *[_I] * 5)
+        self.experts = _function(free, "raymoe_experts", _P, _I, *[_P] * 5, *[_I] * 7)
         self.panels = _function(free, "raymoe_panels", _P, _P, *[_I] * 6)
         self.experts_scratch = _function(handle, "raymoe_experts_scratch", _I, _I)
 

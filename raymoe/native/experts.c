@@ -13,6 +13,7 @@
 
 #include <stdint.h>
 #include <string.h>
+#include <time.h>
 
 #if defined(__AVX512F__)
 enum { WIDTH = 16, ROWS = 12 };
@@ -207,31 +208,42 @@ static void block(const Job *job, const char *up_panels, const char *down_panels
 /* Floats of scratch that raymoe_experts needs. */
 int64_t raymoe_experts_scratch(int64_t hidden, int64_t inner) { return BLOCK * (hidden + inner); }
 
-/* One message. replicas: addresses of (up, down) for each expert, 0 where it is not held; words:
- * expert_ids [n], counts [n], row [P], all checked but for the layer's own number of experts;
- * weights float32 [P] or NULL; narrow: replicas are bfloat16, else float32. out [N, D] is the
- * weighted sum, or [P, D] a row a pair.
- * 0, or 1 when an expert is not held: nothing has been computed then. */
+static int64_t now_ns(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
+/* One message, or what of it `budget_ns` allows (0: all). replicas: addresses of (up, down) for each
+ * expert, 0 where it is not held; words: expert_ids [n], counts [n], row [P], all checked but for the
+ * layer's own number of experts; weights float32 [P] or NULL; narrow: replicas are bfloat16, else
+ * float32. out [N, D] is the weighted sum, or [P, D] a row a pair.
+ * `first`: the pair to begin with, 0 or what the last call has returned. Returns the pair to go on
+ * with, P when all is done; -1 when an expert is not held: nothing has been computed then. */
 int64_t raymoe_experts(const int64_t *replicas, int64_t experts, const int32_t *words,
                        const float *weights, const float *x, float *out, float *scratch,
                        int64_t n, int64_t tokens, int64_t hidden, int64_t inner,
-                       int64_t narrow) {
-    for (int64_t i = 0; i < n; i++)
-        if ((uint32_t)words[i] >= (uint64_t)experts || !replicas[2 * words[i]]) return 1;
+                       int64_t narrow, int64_t first, int64_t budget_ns) {
+    if (!first) {
+        for (int64_t i = 0; i < n; i++)
+            if ((uint32_t)words[i] >= (uint64_t)experts || !replicas[2 * words[i]]) return -1;
+        if (weights) memset(out, 0, (size_t)(tokens * hidden) * sizeof *out);
+    }
     Job job = {.x = x, .row = words + 2 * n, .weight = weights, .out = out,
                .packed = scratch, .joined = scratch + BLOCK * hidden,
                .hidden = hidden, .inner = inner, .narrow = narrow};
-    if (weights) memset(out, 0, (size_t)(tokens * hidden) * sizeof *out);
-    int64_t pair = 0;
+    int64_t pair = 0, until = budget_ns ? now_ns() + budget_ns : 0;
     for (int64_t i = 0; i < n; i++) {
         const int64_t *replica = replicas + 2 * words[i];
         int64_t end = pair + words[n + i];
-        for (; pair < end; pair += BLOCK) {
+        if (pair < first) pair = first < end ? first : end;
+        while (pair < end) {
             int64_t count = end - pair < BLOCK ? end - pair : BLOCK;
             block(&job, (const char *)(intptr_t)replica[0], (const char *)(intptr_t)replica[1], pair,
                   count);
+            pair += count;
+            if (until && now_ns() >= until) return pair;
         }
-        pair = end;
     }
-    return 0;
+    return pair;
 }

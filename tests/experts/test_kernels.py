@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -97,6 +99,44 @@ def test_compiled_silu_at_its_ends() -> None:
     truth = torch.nn.functional.silu(values.double()) * values.double()
     torch.testing.assert_close(found[0, : len(values)].double(), truth, rtol=1e-6, atol=1e-30)
     assert found[1].isnan().all()
+
+
+@pytest.mark.skipif(not COMPILED, reason="no C compiler here")
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_a_message_in_pieces_gives_the_same_bits(
+    weighted: bool, stored: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when another message is computed between the pieces, and an expert is dropped."""
+    spec = model_spec(hidden=64, inner=32, experts=6, stored=stored)
+    kernel = (COMPILED if stored == "float32" else NARROW)[0]
+    draw = torch.Generator().manual_seed(0)
+    counts = torch.tensor([7, 0, 300, 1, 40, 2])
+    x = torch.randn(50, 64, generator=draw)
+    rows = torch.randint(0, 50, (350,), generator=draw, dtype=torch.int32)
+    weights = torch.rand(350, generator=draw) if weighted else None
+    shard = ExpertShard(spec, 1 << 30, kernel=kernel)
+    for expert in range(6):
+        shard.add(0, expert, random_record(spec, 0, expert))
+    ids = torch.arange(6, dtype=torch.int32)
+
+    def message(between: Callable[[], None] | None = None) -> torch.Tensor:
+        out = torch.full((50 if weighted else 350, 64), torch.nan)
+        assert shard.compute(0, x, ids, counts, rows, weights, out, between) == []
+        return out
+
+    whole, inner = message(), []
+    monkeypatch.setattr("raymoe.experts.shard.SLICE_NS", 1)
+
+    def between() -> None:
+        if len(inner) < 3:
+            inner.append(message())
+        else:
+            shard.drop(0, 4)  # the message began with it
+            inner.append(whole)
+
+    assert torch.equal(message(between), whole)
+    assert len(inner) >= 6 and all(torch.equal(one, whole) for one in inner)
 
 
 @pytest.mark.skipif(not COMPILED, reason="no C compiler here")

@@ -245,11 +245,12 @@ def test_a_mistake_between_two_messages_does_not_end_the_group(
 
 def test_slowdown_takes_so_many_times_as_long(make: Callable[..., GroupRuntime]) -> None:
     group = make("a", slowdown=4.0)
-    started = group._clocks()
-    while time.thread_time_ns() - started[1] < 20_000_000:
+    work = group._begin()
+    while time.thread_time_ns() - work.cpu_ns < 20_000_000:
         pass
-    busy_ns = group._busy_ns(started)
-    assert busy_ns >= 4 * 0.02e9 and time.perf_counter_ns() - started[0] >= busy_ns
+    group._slow_down(work)  # in the middle: not twice for the same
+    busy_ns = group._end(work)
+    assert busy_ns >= 4 * 0.02e9 and time.perf_counter_ns() - work.began_ns >= busy_ns
     with pytest.raises(ConfigError, match="slowdown"):
         make("b", slowdown=0.5)
 
@@ -458,6 +459,58 @@ def test_a_copy_is_broken_off_by_its_wait(spec: ModelSpec) -> None:
     broken = Broken(OneRecord(record), [None])
     with pytest.raises(Stopped):
         fetch_record(broken.open, 0, 1, max_bytes=1 << 20, limit_bytes_per_s=1e3, wait=end)
+
+
+class Interruptible(ExpertShard):
+    """Calls `between` once in the middle of a message, as the compiled kernel does."""
+
+    def compute(self, *arguments: Any) -> list[int]:
+        *arguments, between = arguments
+        missing = super().compute(*arguments)
+        if between is not None:
+            between()
+        return missing
+
+
+@pytest.mark.parametrize("slowdown", [1.0, 3.0])
+def test_small_messages_pass_a_large_one_by(
+    spec: ModelSpec, make: Callable[..., GroupRuntime], slowdown: float
+) -> None:
+    shard = Interruptible(spec, sum(spec.expert_bytes) * spec.experts)
+    group = make("a", shard=shard, slowdown=slowdown)
+    for expert in range(EXPERTS):
+        group.add_from_checkpoint(0, expert)
+    begun, small_done = threading.Event(), threading.Event()
+    serve_small = group._serve_small
+
+    def in_the_middle(work: Any) -> None:
+        begun.set()
+        while not small_done.wait(0.002):
+            serve_small(work)
+        time.sleep(0.1)
+
+    group._serve_small = in_the_middle  # type: ignore[method-assign]
+    one, other = make_client(), make_client()
+    try:
+        one.set_table(table_of([group]))
+        other.set_table(table_of([group]))
+        large = threading.Thread(target=check, args=(one, spec, 200, 0, 1))
+        large.start()
+        assert begun.wait(30)
+        check(other, spec, 3, 0, 2)
+        assert large.is_alive()  # it is answered after the small one
+        small_done.set()
+        large.join(30)
+        wait_until(lambda: group.report().messages == 2)
+        report = group.report()
+        assert report.pairs == 203 * TOP_K and report.nacks == report.errors == 0
+        small, whole = report.samples  # of each its own time
+        assert small[0] == 3 * TOP_K and whole[0] == 200 * TOP_K
+        assert report.busy_s == pytest.approx(small[2] + whole[2])
+    finally:
+        small_done.set()
+        one.close()
+        other.close()
 
 
 def test_close_ends_every_thread(spec: ModelSpec) -> None:

@@ -71,6 +71,26 @@ def test_decode_goes_before_prefill_until_prefill_has_waited() -> None:
     assert order(waiting, 1.1) == decode[2:]
 
 
+def test_small_requests_can_be_taken_alone() -> None:
+    """In the midst of a large one: those of one layer together, and never another large one."""
+    waiting = queue(merge_pairs=100)
+    assert waiting.pop_decode() == []
+    large = item(1, 500)
+    waiting.push(large)
+    assert waiting.pop_decode() == []
+    small = [item(2, 4, layer=1), item(3, 4, layer=1), item(4, 4, layer=2)]
+    for one in small:
+        waiting.push(one)
+    assert waiting.pop_decode() == small[:2]
+    assert waiting.pop_decode() == small[2:]
+    assert waiting.pop_decode() == []
+    assert (len(waiting), waiting.pairs) == (1, 500)
+    assert waiting.pop(0.0) == [large]
+    waiting.push(small[0])  # the only one
+    assert waiting.pop_decode() == small[:1]
+    assert (len(waiting), waiting.pairs, waiting.experts) == (0, 0, 0)
+
+
 def test_requests_of_one_layer_come_out_together_within_bounds() -> None:
     waiting = queue(merge_pairs=100)
     items = [item(1, 30, layer=1), item(2, 30, layer=1), item(3, 30, layer=2), item(4, 50, layer=1)]
@@ -95,13 +115,18 @@ def test_a_closed_link_is_forgotten() -> None:
 
 @given(
     st.lists(
-        st.tuples(st.integers(0, 4), st.integers(1, 300), st.integers(0, 2), st.booleans()),
+        st.tuples(
+            st.integers(0, 4),
+            st.integers(1, 300),
+            st.integers(0, 2),
+            st.sampled_from(["", "any", "small"]),
+        ),
         max_size=60,
     ),
     st.integers(1, 400),
 )
 def test_everything_is_served_once_and_in_order_of_its_link(
-    pushes: list[tuple[int, int, int, bool]], merge: int
+    pushes: list[tuple[int, int, int, str]], merge: int
 ) -> None:
     waiting = queue(merge_pairs=merge)
     pushed, served = [], []
@@ -110,8 +135,9 @@ def test_everything_is_served_once_and_in_order_of_its_link(
         pushed.append(one)
         waiting.push(one)
         if pop:
-            batch = waiting.pop(float(number))
-            assert len({(i.call.layer, i.call.mode) for i in batch}) == 1
+            small = pop == "small"
+            batch = waiting.pop_decode() if small else waiting.pop(float(number))
+            assert len({(i.call.layer, i.call.mode) for i in batch}) == 1 or (small and not batch)
             assert len(batch) == 1 or sum(i.call.pairs for i in batch) <= merge
             served += batch
     served += order(waiting, 1e9)
