@@ -11,20 +11,38 @@ import psutil
 import pytest
 
 from tests.e2e.conftest import Deployment
-from tests.e2e.traffic import Client, Wave, differing, wait_for
+from tests.e2e.traffic import Client, Judge, Wave, judge, wait_for
 
 pytestmark = pytest.mark.ray
 
 
+def test_a_wrong_token_would_be_found(deployment: Deployment) -> None:
+    """What the other tests of this folder rest on: that a difference is no excuse."""
+    client = Client(deployment).with_tokens()
+    sampling = {"temperature": 0.9, "top_k": 20, "seed": 1}
+    told = client.answer("In the beginning", 24)
+    drawn = client.answer("In the beginning", 24, **sampling)
+    court = Judge(client)
+    assert court.near_ties("In the beginning", told) <= 1
+    assert court.near_ties("In the beginning", drawn, **sampling) <= 1
+    with pytest.raises(AssertionError, match="no near tie"):
+        court.near_ties("In the beginning", drawn)
+    with pytest.raises(AssertionError, match="no near tie"):
+        court.near_ties("In the beginning", told, **sampling)
+    other = client.answer("In the end", 24)
+    with pytest.raises(AssertionError, match="no near tie"):
+        court.near_ties("In the beginning", other)
+
+
 def test_killed_group_comes_back_and_no_request_fails(deployment: Deployment) -> None:
-    client = Client(deployment)
+    client = Client(deployment).with_tokens()
     prompts = [f"{n} And it came to pass" for n in range(6)]
-    before = [client.ask(prompt, 120) for prompt in prompts]
+    before = [client.answer(prompt, 120) for prompt in prompts]
     with Wave(client, prompts, 120) as wave:
         time.sleep(0.3)
         victim = deployment.get("/status")["groups"][1]
         os.kill(victim["pid"], signal.SIGKILL)
-    assert differing(before, wave.texts()) <= 1, "more than a near-tie differs"
+    judge(client, prompts, before, wave.answers())
 
     def restored() -> bool:
         group = deployment.get("/status")["groups"][1]
@@ -38,15 +56,16 @@ def test_killed_group_comes_back_and_no_request_fails(deployment: Deployment) ->
 
 def test_killed_router_loses_no_token(deployment: Deployment) -> None:
     """Sampled streams go on at the other router as if nothing had happened."""
-    client = Client(deployment, temperature=0.9)
+    sampling = {"temperature": 0.9, "top_k": 20}
+    client = Client(deployment, **sampling).with_tokens()
     prompts = [f"{n} Verily" for n in range(4)]
-    before = [client.ask(prompt, 150, seed=n) for n, prompt in enumerate(prompts)]
+    before = [client.answer(prompt, 150, seed=n) for n, prompt in enumerate(prompts)]
     assert wait_for(lambda: len(deployment.get("/status")["routers"]) == 2, 30)
     victim = deployment.get("/status")["routers"][0]["pid"]
     with Wave(client, prompts, 150) as wave:
         time.sleep(0.4)
         os.kill(victim, signal.SIGKILL)
-    assert differing(before, wave.texts()) <= 1, "more than a near-tie differs"
+    judge(client, prompts, before, wave.answers(), **sampling)
 
     def replaced() -> bool:
         routers = deployment.get("/status")["routers"]
