@@ -298,7 +298,8 @@ def test_usage_with_every_chunk_when_asked() -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
     answer, _, _ = ask({"prompt": "x", "stream": True, "stream_options": options, "max_tokens": 4})
     counts = [chunk["usage"]["completion_tokens"] for chunk in answer["chunks"]]
-    assert counts == [1, 2, 3, 4, 4]
+    assert counts[-2:] == [4, 4]  # the last chunk is the usage's own
+    assert counts[:-1] == sorted(set(counts)), "tokens that come together share a chunk"
     assert answer["chunks"][-1]["choices"] == []
 
 
