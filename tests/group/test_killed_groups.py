@@ -104,11 +104,13 @@ def test_sums_stay_right_while_groups_are_killed_and_stopped(
     client = ExpertClient(identity(), SECRET, "n", config, name="router")
     generator = torch.Generator().manual_seed(1)
     slowest_s = 0.0
-    signals = {20: ("a", signal.SIGKILL), 40: ("b", signal.SIGSTOP), 60: ("b", signal.SIGCONT)}
+    signals = {20: ("a", signal.SIGKILL), 40: ("b", signal.SIGSTOP), 1040: ("b", signal.SIGCONT)}
     try:
         client.set_table(RoutingTable(table=table, endpoints=endpoints))
         wait_until(lambda: client.connected() == ids)
-        for step in range(80):
+        before = {pid: segments(pid) for pid in (os.getpid(), processes["b"].pid)}
+        assert min(before.values()) > 0
+        for step in range(1060):
             layer = step % spec.layers
             x = torch.randn(30, HIDDEN, generator=generator)
             experts = torch.randint(0, EXPERTS - layer, (30, TOP_K), generator=generator)
@@ -126,8 +128,17 @@ def test_sums_stay_right_while_groups_are_killed_and_stopped(
         assert client.stats.links_lost >= 2
         wait_until(lambda: client.connected() == ("b", "c"))
         assert slowest_s < 15
+        # Shared memory of the links that were given up is gone at both ends.
+        for pid, count in before.items():
+            wait_until(lambda pid=pid, count=count: segments(pid) <= count)
     finally:
         client.close()
+
+
+def segments(pid: int) -> int:
+    """Pieces of shared memory that a process has mapped."""
+    maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    return len({line.split()[4] for line in maps if "/memfd:" in line})
 
 
 def wait_until(condition: Any) -> None:
