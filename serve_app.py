@@ -16,8 +16,10 @@ from ray.serve import Application
 from actors.door import Door
 from actors.gateway import gateway_app
 from actors.router import Router
+from actors.router_scaling import serve_options
 from raymoe.config import DeploymentConfig, GatewayConfig, RoutersConfig
 
+_LEAVE_S = 5.0  # for a router to be gone after its drain
 _DOOR_CPUS = 0.01  # it waits, then sleeps; with none at all it could be put on a node of experts
 
 
@@ -71,11 +73,12 @@ def application(
     router = serve.deployment(
         Router,
         name="Router",
-        num_replicas=routers.count,
         ray_actor_options={**_where(routers), "num_gpus": routers.num_gpus},
         health_check_period_s=2,
         health_check_timeout_s=30,
-        graceful_shutdown_timeout_s=5,
+        graceful_shutdown_wait_loop_s=0.1,  # Serve sees no requests there: nothing to wait for
+        graceful_shutdown_timeout_s=routers.drain_s + _LEAVE_S,
+        **serve_options(routers),
     ).bind(config, spec_json)
     return serve.deployment(
         Gateway,

@@ -85,8 +85,14 @@ class PlacementController:
         return self._control.address
 
     def router_beat(self, info: dict[str, Any]) -> None:
-        """A router says that it is there: {"id", "pid", "node", "state", "endpoint", "profile"}."""
+        """A router says that it is there: {"id", "pid", "node", "state", "endpoint", "profile"}.
+
+        state: "ready", "draining" (no new requests), "failed" or, for the last time, "gone".
+        """
         with self._lock:
+            if info["state"] == "gone":
+                self._routers.pop(info["id"], None)
+                return
             self._routers[info["id"]] = {**info, "seen": time.monotonic()}
 
     def routers(self) -> list[dict[str, Any]]:

@@ -22,9 +22,11 @@ _POLL_S = 0.2
 def deploy(config: DeploymentConfig, build: Callable[..., Any], spec_json: str) -> None:
     """Starts Ray Serve, if it is not there, and gives it the application; does not wait."""
     groups = sum(kind.count for kind in config.groups)
+    routers = str(config.routers.count)
+    if config.routers.most > config.routers.count:
+        routers += f" to {config.routers.most}"
     say(
-        f"starting {groups} expert group(s), {config.routers.count} router(s), "
-        f"{config.gateway.count} gateway(s)"
+        f"starting {groups} expert group(s), {routers} router(s), {config.gateway.count} gateway(s)"
     )
     application = build(config, spec_json)
     prefix = config.gateway.route_prefix

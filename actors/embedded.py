@@ -175,6 +175,8 @@ class EmbeddedEngine:
                     continue
                 publish(self._engine.step())
         except Exception as e:
+            if self._stopping.is_set():  # the links were closed under its last step
+                return
             log.exception("the engine of %s died", self._name)
             self.died = repr(e)
             on_death()

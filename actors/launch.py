@@ -272,18 +272,18 @@ def _with_secret(config: DeploymentConfig, folder: Path) -> DeploymentConfig:
 def _logical_resources(config: DeploymentConfig) -> tuple[float, float, dict[str, float]]:
     """Logical CPUs, GPUs and custom resources that the deployment asks Ray for, all together.
 
-    Ray only counts them: on one machine more actors than cores may run, and do. CPUs are there
-    for as many groups as scaling may come to; GPUs are real, and not made up.
+    Ray only counts them: on one machine more actors than cores may run, and do. CPUs are there for
+    as many groups and routers as scaling may come to; GPUs are real, and not made up.
     """
     cpus = config.gateway.num_cpus * config.gateway.count + 2
-    cpus += config.routers.num_cpus * config.routers.count
+    cpus += config.routers.num_cpus * config.routers.most
     gpus = config.routers.num_gpus * config.routers.count
     resources: dict[str, float] = {}
     for kind in config.groups:
         cpus += kind.num_cpus * (kind.max_count or kind.count + _MORE_GROUPS)
         gpus += kind.num_gpus * kind.count
     asked = [(k.resources, k.max_count or k.count + _MORE_GROUPS) for k in config.groups]
-    asked.append((config.routers.resources, config.routers.count))
+    asked.append((config.routers.resources, config.routers.most))
     asked.append((config.gateway.resources, config.gateway.count))
     for amounts, count in asked:
         for name, amount in amounts.items():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +16,8 @@ import ray
 import torch
 
 from actors.controller import ensure_controller, find_controller
+from actors.leaving import leave
+from actors.router_scaling import REQUESTS
 from raymoe.checkpoint.spec import ModelSpec
 from raymoe.client.stats import ClientStats
 from raymoe.config import DeploymentConfig, read_secret
@@ -26,6 +30,7 @@ from raymoe.stream.server import StreamConfig, StreamServer
 from raymoe.tracing import from_environment
 
 _BEAT_S = 1.0
+_ASK_S = 5.0
 log = logging.getLogger("raymoe.router")
 
 
@@ -66,6 +71,7 @@ class Router:
         self.node = str(ray.get_runtime_context().get_node_id())
         self.router_id = f"router-{os.getpid()}-{self.node[:6]}"
         self._stopping = threading.Event()
+        self._leaving = False
         self._engine = self._make_engine(spec)
         tracing = from_environment("router", self._config.name)
         lines = self._config.logging.requests
@@ -89,18 +95,37 @@ class Router:
         self._stream.start()
         # A dead engine's gateways go on elsewhere.
         self._engine.start(self._publish, self._stream.close)
-        threading.Thread(target=self._beats, name="beats", daemon=True).start()
+        self._beating = threading.Thread(target=self._beats, name="beats", daemon=True)
+        self._beating.start()
 
     def check_health(self) -> None:
         """Raises when the engine has ended: Ray Serve then replaces this router."""
         if self._engine.died is not None:
             raise RuntimeError(f"the engine of {self.router_id} died: {self._engine.died}")
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Ray Serve asks for now and then when routers scale (`actors.router_scaling`)."""
+        running, waiting = self._engine.load()
+        return {REQUESTS: float(running + waiting)}
+
+    async def leave(self) -> None:
+        """Ends without losing a request: `actors.leaving`, then `close`."""
+        self._leaving = True
+        began = time.monotonic()
+        given = 0
+        if self._engine.died is None:
+            await asyncio.to_thread(self._beat)
+            given = await leave(self._stream, self._others, self._config.routers.drain_s)
+        seconds = time.monotonic() - began
+        log.info("%s leaves after %.1f s, %d requests given away", self.router_id, seconds, given)
+        await asyncio.to_thread(self.close)
+
     def close(self) -> None:
         """Ends the stream, the engine and the links."""
         self._stopping.set()
         self._stream.close()
         self._engine.close()
+        self._beating.join(_ASK_S)  # its last words: that this router is gone
         if self._lives is not None:
             self._lives.close()
         if self._tracing is not None:
@@ -111,10 +136,12 @@ class Router:
         term, epoch = self._engine.epoch or (None, None)
         return {"router": self.router_id, "term": term, "epoch": epoch}
 
-    def __del__(self) -> None:
-        """How Ray Serve ends a replica: vLLM's processes are told, not only killed."""
-        if hasattr(self, "_stream") and self._config.engine == "vllm":
-            self.close()
+    def __del__(self) -> Coroutine[None, None, None] | None:
+        """How Ray Serve ends a replica: it calls this, waits for what it returns (for
+        `graceful_shutdown_timeout_s`), then kills the process."""
+        if not hasattr(self, "_beating") or self._stopping.is_set():
+            return None
+        return self.leave()
 
     def _make_engine(self, spec: ModelSpec) -> RouterEngine:
         config = self._config
@@ -163,20 +190,41 @@ class Router:
 
     def _beats(self) -> None:
         while not self._stopping.wait(_BEAT_S):
-            try:
-                info = self._info()
-                ray.get(find_controller(self._config.name).router_beat.remote(info), timeout=5)
-            except (ValueError, ray.exceptions.RayError):
-                continue  # it restarts; the next beat tells it again
-            except Exception:
-                log.exception("a beat of %s failed", self.router_id)
+            self._beat()
+        self._beat()
+
+    def _beat(self) -> None:
+        try:
+            info = self._info()
+            ray.get(find_controller(self._config.name).router_beat.remote(info), timeout=_ASK_S)
+        except (ValueError, ray.exceptions.RayError):
+            pass  # it restarts; the next beat tells it again
+        except Exception:
+            log.exception("a beat of %s failed", self.router_id)
+
+    async def _others(self) -> bool:
+        """Whether another router takes requests, as far as the controller answers."""
+        try:
+            routers = await asyncio.to_thread(
+                lambda: ray.get(find_controller(self._config.name).routers.remote(), timeout=_ASK_S)
+            )
+        except (ValueError, ray.exceptions.RayError):
+            return False
+        return any(r["state"] == "ready" and r["id"] != self.router_id for r in routers)
+
+    def _state(self) -> str:
+        if self._engine.died:
+            return "failed"
+        return "draining" if self._leaving else "ready"
 
     def _info(self) -> dict[str, Any]:
+        if self._stopping.is_set():
+            return {"id": self.router_id, "state": "gone"}
         return {
             "id": self.router_id,
             "pid": os.getpid(),
             "node": self.node,
-            "state": "failed" if self._engine.died else "ready",
+            "state": self._state(),
             "endpoint": self._stream.endpoint.to_dict(),
             "profile": self._engine.profile(),
         }

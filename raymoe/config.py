@@ -100,10 +100,56 @@ class GroupsConfig(_Checked):
         return self
 
 
+class RoutersAutoscaling(_Checked):
+    """Routers by how many requests there are: Ray Serve's autoscaling, with its names (its replicas
+    are routers here). Off until `max_replicas` is set."""
+
+    max_replicas: int | None = Field(
+        None, ge=1, le=256, description="most routers; none: always `routers.count`"
+    )
+    min_replicas: int = Field(1, ge=1, le=256, description="fewest routers")
+    target_ongoing_requests: float = Field(
+        32.0,
+        gt=0,
+        description="requests, running or waiting, that each router is to have on average",
+    )
+    look_back_period_s: float = Field(
+        30.0, gt=0, le=3600, description="they are averaged over so long"
+    )
+    upscale_delay_s: float = Field(
+        30.0, ge=0, description="more routers are wanted for so long before there are more"
+    )
+    downscale_delay_s: float = Field(
+        600.0, ge=0, description="fewer routers are wanted for so long before there are fewer"
+    )
+
+    @model_validator(mode="after")
+    def _in_order(self) -> RoutersAutoscaling:
+        if self.max_replicas is None:
+            for name, field in type(self).model_fields.items():
+                if getattr(self, name) != field.default:
+                    raise ValueError(f"{name} has no effect: set max_replicas too")
+        elif self.min_replicas > self.max_replicas:
+            raise ValueError(
+                f"min_replicas ({self.min_replicas}) is above max_replicas ({self.max_replicas})"
+            )
+        return self
+
+
 class RoutersConfig(_Checked):
     """Router actors: the dense part, the gate, continuous batching."""
 
-    count: int = Field(1, ge=1, le=256, description="how many routers share the groups")
+    count: int = Field(
+        1, ge=1, le=256, description="how many routers share the groups; at start, if they scale"
+    )
+    autoscaling: RoutersAutoscaling = RoutersAutoscaling()
+    drain_s: float = Field(
+        30.0,
+        ge=0,
+        le=3600,
+        description="a router that is to end works on its open requests for so long at most; then "
+        "other routers go on with them",
+    )
     num_cpus: float = Field(1.0, ge=0, description="Ray CPUs a router asks for")
     num_gpus: float = Field(0.0, ge=0, description="Ray GPUs a router asks for")
     resources: Annotated[dict[str, float], AfterValidator(_custom_resources)] = Field(
@@ -146,6 +192,21 @@ class RoutersConfig(_Checked):
     def max_requests(self) -> int:
         """What a router takes in before it refuses: those that run and those that wait."""
         return self.max_batch + (self.max_batch if self.max_waiting is None else self.max_waiting)
+
+    @property
+    def most(self) -> int:
+        """How many there can be at once."""
+        return self.autoscaling.max_replicas or self.count
+
+    @model_validator(mode="after")
+    def _count_within_bounds(self) -> RoutersConfig:
+        fewest, most = self.autoscaling.min_replicas, self.autoscaling.max_replicas
+        if most is not None and not fewest <= self.count <= most:
+            raise ValueError(
+                f"count is {self.count}; it must lie between autoscaling.min_replicas ({fewest}) "
+                f"and autoscaling.max_replicas ({most})"
+            )
+        return self
 
 
 class GatewayConfig(_Checked):

@@ -42,6 +42,11 @@ def test_groups_flag_replaces_the_kinds_of_the_file(tmp_path: Path) -> None:
         ({"data_plane.transport": "pigeon"}, "data_plane.transport"),
         ({"name": "Not A Name"}, "name"),
         ({"routers.count": 0}, "routers.count"),
+        ({"routers": {"count": 3, "autoscaling": {"max_replicas": 2}}}, "count is 3"),
+        ({"routers": {"autoscaling": {"min_replicas": 2, "max_replicas": 4}}}, "count is 1"),
+        ({"routers": {"autoscaling": {"min_replicas": 3, "max_replicas": 2}}}, "is above"),
+        ({"routers": {"autoscaling": {"upscale_delay_s": 1}}}, "set max_replicas"),
+        ({"routers": {"autoscaling": {"max_replica": 2}}}, "routers.autoscaling.max_replica"),
         ({"ray.object_store_bytes": 1}, "object_store_bytes"),
     ],
 )

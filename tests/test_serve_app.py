@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -20,6 +22,34 @@ def test_serve_can_call_the_builder() -> None:
     gateway = app._bound_deployment
     router = gateway.init_args[2]._bound_deployment
     assert (gateway.name, router.name, router.num_replicas) == ("Gateway", "Router", 2)
+
+
+def test_routers_scale_by_serves_autoscaling_when_a_maximum_is_set() -> None:
+    def router_of(routers: dict[str, Any]) -> Any:
+        app = serve_builds(serve_app.build, {"model": DEMO, "routers": routers})
+        return app._bound_deployment.init_args[2]._bound_deployment
+
+    fixed = router_of({"count": 2, "drain_s": 7})
+    assert fixed.num_replicas == 2 and fixed._deployment_config.autoscaling_config is None
+    assert fixed._deployment_config.graceful_shutdown_timeout_s == 12
+    scaled = router_of(
+        {
+            "count": 2,
+            "autoscaling": {
+                "min_replicas": 1,
+                "max_replicas": 5,
+                "target_ongoing_requests": 8,
+                "upscale_delay_s": 3,
+                "downscale_delay_s": 40,
+            },
+        }
+    )
+    config = scaled._deployment_config.autoscaling_config
+    assert (config.min_replicas, config.initial_replicas, config.max_replicas) == (1, 2, 5)
+    assert config.target_ongoing_requests == 8
+    assert (config.upscale_delay_s, config.downscale_delay_s) == (3, 40)
+    policy = pickle.loads(config.policy.get_serialized_policy_def())
+    assert policy.__name__ == "routers_for_load"
 
 
 def test_only_in_a_serve_config_the_door_is_waited_for() -> None:

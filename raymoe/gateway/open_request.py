@@ -25,6 +25,7 @@ class OpenRequest:
     wire_id: str = ""
     attempts: int = 0
     losses: int = 0  # routers it has lost since its last token
+    given_away: bool = False  # by a router that was leaving
     refused_by: set[RouterConnection] = field(default_factory=set)  # as overloaded
     timer: asyncio.TimerHandle | None = None  # while it waits for a router
 

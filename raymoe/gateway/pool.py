@@ -230,10 +230,14 @@ class RouterPool:
                 opened.output_ids.extend(event.token_ids)
                 opened.losses = 0
             if event.finish == "cancelled":  # not by us: the router is giving its work away
+                giver = opened.connection
+                leaving = giver is not None and not giver.usable
+                opened.given_away |= leaving
                 self._end(opened)
                 if event.token_ids:
                     opened.deliver(replace(event, finish=None))
-                self._go_on(opened, "the router cancelled it")
+                why = "its router leaves" if leaving else "the router cancelled it"
+                self._go_on(opened, why, lost=not leaving)
                 continue
             refuser = opened.connection
             if event.finish is not None:
@@ -243,7 +247,7 @@ class RouterPool:
                 if self._pick(opened.refused_by) is not None:
                     self._send(opened)
                     continue
-                if opened.losses or opened.output_ids:
+                if opened.losses or opened.given_away or opened.output_ids:
                     self._wait(opened)
                     continue
             opened.deliver(event)
@@ -288,12 +292,12 @@ class RouterPool:
                 self._end(opened)
                 self._go_on(opened, f"lost router {connection.router_id}: {why}")
 
-    def _go_on(self, opened: OpenRequest, why: str) -> None:
+    def _go_on(self, opened: OpenRequest, why: str, *, lost: bool = True) -> None:
         ended = opened.ended_already(self._model)
         if ended is not None:
             opened.deliver(TokenEvent(request_id=opened.wire_id, finish=ended))
             return
-        opened.losses += 1
+        opened.losses += lost  # a router that leaves ends under no request's hands
         if opened.losses > self.config.max_resubmits:
             said = f"{why}, after {opened.losses} attempts without a token"
             opened.fail(RouterUnavailable(said))

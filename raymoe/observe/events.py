@@ -58,12 +58,18 @@ def of_status(before: Status, after: Status) -> Iterator[Said]:
             yield kind, f"group {group_id}: {was['state']} → {group['state']}"
         if abs(group["speed"] - was["speed"]) > 0.1 * max(was["speed"], 1e-9):
             yield "group", f"group {group_id}: speed {was['speed']:.2f} → {group['speed']:.2f}"
-    before_ids = {router["id"] for router in before["routers"]}
-    after_ids = {router["id"] for router in after["routers"]}
-    for router_id in sorted(after_ids - before_ids):
+    earlier = {router["id"]: router["state"] for router in before["routers"]}
+    later = {router["id"]: router["state"] for router in after["routers"]}
+    for router_id in sorted(later.keys() - earlier.keys()):
         yield "router", f"{router_id} serves"
-    for router_id in sorted(before_ids - after_ids):
-        yield "alarm", f"{router_id} was lost"
+    for router_id in sorted(earlier.keys() & later.keys()):
+        if later[router_id] == "draining" != earlier[router_id]:
+            yield "router", f"{router_id} leaves: no new requests"
+    for router_id in sorted(earlier.keys() - later.keys()):
+        if earlier[router_id] == "draining":
+            yield "router", f"{router_id} has left"
+        else:
+            yield "alarm", f"{router_id} was lost"
     if before["ready"] and not after["ready"]:
         yield "alarm", "an expert has no ready replica: requests wait for it"
     if after["ready"] and not before["ready"]:

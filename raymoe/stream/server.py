@@ -102,6 +102,7 @@ class StreamServer:
         self._peers: set[GatewayPeer] = set()
         self._writing: set[GatewayPeer] = set()
         self._accepting = True
+        self._giving_away = False
         self._stopping = False
         self._selector = selectors.DefaultSelector()
         self._wake_in, self._wake_out = socket.socketpair()
@@ -134,6 +135,13 @@ class StreamServer:
         """Tells the gateways whether to send more; False drains: open requests go on."""
         self._accepting = accepting
         self._report_load(tuple(self._peers))
+
+    def give_away(self) -> None:
+        """From now on every open request, and each that still arrives, ends as "cancelled": its
+        gateway goes on with it at another router, after the tokens it was sent. Any thread."""
+        self._accepting = False
+        self._giving_away = True
+        self._wake()
 
     def publish(self, events: Sequence[TokenEvent]) -> None:
         """Sends one engine step's events: one frame a gateway. Any thread; never blocks.
@@ -297,6 +305,13 @@ class StreamServer:
         if own:
             self._cancelled(own)
 
+    def _give_away_all(self) -> None:
+        given = tuple(i for peer in self._peers for i in self._book.ids_of(peer))
+        # What a step that ends now has made for them is left out, and made again elsewhere.
+        self.publish([TokenEvent(request_id=i, finish="cancelled") for i in given])
+        if given:
+            self._cancelled(given)
+
     def _drop(self, peer: GatewayPeer, why: str) -> None:
         if peer not in self._peers:
             return
@@ -310,6 +325,8 @@ class StreamServer:
 
     def _tend(self, now: float) -> None:
         """After every round: broken peers, handshakes too late, write interest, heartbeats."""
+        if self._giving_away:
+            self._give_away_all()
         quiet = []
         for peer in tuple(self._peers):
             if peer.broken is not None:

@@ -13,6 +13,7 @@ import pytest
 
 from actors import router as module
 from actors.router import Router
+from actors.router_scaling import REQUESTS
 from raymoe.config import parse_config
 from raymoe.errors import RaymoeError
 from raymoe.gateway import PoolConfig, RouterPool
@@ -85,8 +86,16 @@ def test_a_router_answers_a_gateway_and_says_when_its_engine_is_gone(
         with pytest.raises(RuntimeError, match="died: for a test"):
             router.check_health()
         assert router._info()["state"] == "failed"
+        router._engine.died = None
+        assert asyncio.run(router.record_autoscaling_stats()) == {REQUESTS: 0}
+        ending = router.__del__()  # as Ray Serve ends it
+        assert ending is not None
+        asyncio.run(ending)
+        assert [beat["state"] for beat in beats][-1] == "gone" and router.__del__() is None
+        assert "draining" in [beat["state"] for beat in beats]
     finally:
-        router.close()
+        if not router._stopping.is_set():
+            router.close()
 
 
 async def ask(

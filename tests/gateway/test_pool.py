@@ -218,6 +218,39 @@ def test_work_given_away_goes_on_elsewhere() -> None:
     asyncio.run(main())
 
 
+def test_any_number_of_routers_may_leave_under_a_request() -> None:
+    """Each gives it away with the tokens so far; that is not what `max_resubmits` limits."""
+
+    async def main() -> None:
+        everyone = [fake(f"r{at}") for at in range(4)]
+        with routers_of(*everyone):
+            for router in everyone:
+                router.pause(True)
+            there = everyone[:1]
+            pool = pool_of(there, max_resubmits=0)
+            await start(pool, 1)
+            reader, asked = Reader(), request("a", 20)
+            pool.open(asked, reader.deliver, reader.fail)
+            for at, leaving in enumerate(everyone[:3]):
+                await until(lambda leaving=leaving: leaving.running == 1)
+                for _ in range(5):
+                    leaving.step()
+                there[:] = [everyone[at + 1]]
+                await until(lambda: sum(c.usable for c in pool._connections.values()) == 2)
+                leaving.server.give_away()
+                await until(lambda at=at: everyone[at + 1].running == 1)
+                leaving.close()
+                await until(lambda: len(pool._connections) == 1)
+            everyone[3].pause(False)
+            await reader.ended.wait()
+            assert reader.tokens == by_position(asked) and reader.error is None
+            assert [len(router.seen[0].output_ids) for router in everyone] == [0, 5, 10, 15]
+            assert pool.resubmitted == 3
+            await pool.close()
+
+    asyncio.run(main())
+
+
 def test_a_request_that_ended_with_its_router_is_not_made_longer() -> None:
     """The last token came, the end did not."""
 

@@ -41,7 +41,8 @@ def group(name: str, **changes: Any) -> dict[str, Any]:
 
 
 def status(*groups: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    router = {"id": "router-1", "profile": {"answers": {"g0": 4}, "latency_s": {"g0": 2.0}}}
+    profile = {"answers": {"g0": 4}, "latency_s": {"g0": 2.0}}
+    router = {"id": "router-1", "state": "ready", "profile": profile}
     base = {"groups": list(groups), "routers": [router], "ready": True, "balancedness": 0.9}
     return {**base, **changes}
 
@@ -131,6 +132,18 @@ def test_groups_and_routers_that_come_and_go() -> None:
     ]
 
 
+def test_a_router_that_leaves_is_not_lost() -> None:
+    rig = Rig()
+    table = table_of(1, HALVES)
+    serving = status(group("g0"), group("g1"))
+    rig.look(serving, table)
+    (router,) = serving["routers"]
+    leaving = status(group("g0"), group("g1"), routers=[{**router, "state": "draining"}])
+    assert rig.look(leaving, table) == ["router: router-1 leaves: no new requests"]
+    gone = status(group("g0"), group("g1"), routers=[])
+    assert rig.look(gone, table) == ["router: router-1 has left"]
+
+
 def test_plans_and_the_reconcilers_sentences_are_taken_over_once() -> None:
     rig = Rig()
     calm, table = status(group("g0"), group("g1")), table_of(1, HALVES)
@@ -177,7 +190,8 @@ def test_answers_of_routers_that_end_are_kept() -> None:
     rig = Rig()
     table, groups = table_of(1, HALVES), [group("g0"), group("g1")]
     rig.look(status(*groups), table)
-    new = {"id": "router-2", "profile": {"answers": {"g0": 3}, "latency_s": {"g0": 1.0}}}
+    profile = {"answers": {"g0": 3}, "latency_s": {"g0": 1.0}}
+    new = {"id": "router-2", "state": "ready", "profile": profile}
     rig.look(status(*groups, routers=[new]), table)
     shown = rig.observer.shown(experts=False)
     assert shown["raymoe_group_messages_total"] == {("g0",): 7}

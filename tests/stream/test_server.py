@@ -380,6 +380,30 @@ def test_a_draining_router_says_so() -> None:
         asyncio.run(talk(server))
 
 
+def test_a_leaving_router_gives_its_requests_away_those_that_still_come_too() -> None:
+    async def talk(server: StreamServer, engine: Engine) -> None:
+        gateway = await Gateway().connect(server)
+        assert gateway.client is not None
+        gateway.client.submit(request("a"))
+        await until(lambda: server.open_requests == 1)
+        server.publish([TokenEvent(request_id="a", token_ids=(7,))])
+        server.give_away()
+        await until(lambda: len(gateway.events) == 2)
+        server.publish([TokenEvent(request_id="a", token_ids=(8,))])  # a step that was under way
+        gateway.client.submit(request("b"))
+        await until(lambda: len(gateway.events) == 3)
+        assert [(e.request_id, e.token_ids, e.finish) for e in gateway.events] == [
+            ("a", (7,), None),
+            ("a", (), "cancelled"),
+            ("b", (), "cancelled"),
+        ]
+        assert not gateway.client.load.accepting and gateway.lost == []
+        assert engine.cancelled == ["a", "b"] and server.open_requests == 0
+
+    with serving() as (server, engine):
+        asyncio.run(talk(server, engine))
+
+
 def test_publish_from_many_threads_keeps_frames_whole() -> None:
     async def talk(server: StreamServer, engine: Engine) -> None:
         gateway = await Gateway().connect(server)
