@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
 from functools import partial
 from typing import Any
 
-import psutil
 import ray
 from ray.actor import ActorHandle
 
@@ -16,7 +12,18 @@ from actors.expert_group import ExpertGroup
 from actors.fleet import Calls
 from actors.gentle_group import GentleExpertGroup
 from actors.head import Head
-from actors.spawn import draining_nodes, find, is_pending, names_alive, spawn
+from actors.spawn import (
+    Place,
+    draining_nodes,
+    find,
+    kill_on,
+    kill_process,
+    names_alive,
+    place_of,
+    spawn,
+)
+
+_PROCESS = "ExpertGroup"  # part of what Ray calls the process of a group
 
 
 class RayCluster:
@@ -43,9 +50,9 @@ class RayCluster:
         # one that comes up after all has been given up: another life has its place
         return self._head.ask(partial(spawn, plain, name, options, **arguments), ray.kill)
 
-    def is_pending(self, actor: ActorHandle) -> bool:
-        """Ray has not found a place for it yet."""
-        return self._head.ask(partial(is_pending, actor))
+    def place_of(self, actor: ActorHandle) -> Place:
+        """How far its start is, and where."""
+        return self._head.ask(partial(place_of, actor))
 
     def draining_nodes(self) -> set[str]:
         """Ids of nodes that are about to go."""
@@ -56,13 +63,12 @@ class RayCluster:
         self._head.tell(partial(ray.kill, actor))
 
     def kill_frozen(self, actor: ActorHandle, node: str, pid: int) -> None:
-        """Ends one that may not answer: Ray asks the process to end itself, which a stopped one
-        does not hear."""
+        """Ends one that may not answer, on whatever node (`pid` 0: it has no process yet)."""
         self.kill(actor)
         if node == str(ray.get_runtime_context().get_node_id()):
-            with contextlib.suppress(psutil.Error, ProcessLookupError):
-                if "ExpertGroup" in " ".join(psutil.Process(pid).cmdline()):
-                    os.kill(pid, signal.SIGKILL)
+            kill_process(pid, _PROCESS)  # also while the head is away
+        elif pid:
+            self._head.tell(partial(kill_on, node, pid, _PROCESS))
 
     def close_all(self, actors: list[ActorHandle], patience_s: float) -> None:
         """Asks all to close, waits for that, and ends them. Not for the control loop: it waits for

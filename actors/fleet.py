@@ -59,7 +59,8 @@ class LiveGroup:
     last_error: str = ""
     was_up: bool = False  # in some life
     spawned_s: float = field(default_factory=time.monotonic)
-    looked_s: float = -math.inf  # when it was last looked whether it is pending
+    looked_s: float = -math.inf  # when it was last looked how far its start is
+    stage: str = PENDING  # ... and how far it was (actors/spawn.py)
     silent_s: float = 0.0  # for so long, while we were awake, a call of it is unanswered
     gone_since_s: float | None = None  # since when it has not been up
     given_up: bool = False  # away for too long: no part of the fleet until it is up again

@@ -8,6 +8,7 @@ starts anew just looks and goes on. What the groups hold is none of its business
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import numpy as np
 from actors.cluster import RayCluster
 from actors.fleet import DRAINED, LOADING, LOST, PENDING, READY, STARTING, LiveGroup, reason
 from actors.intent import Intent
-from actors.spawn import group_name
+from actors.spawn import RUNNING, group_name
 from actors.starting import spec_of
 from placement.errors import PlacementError
 from placement.initial import place_at_start
@@ -32,7 +33,7 @@ from raymoe.table import GroupEndpoint
 log = logging.getLogger("raymoe.controller")
 _RESTART_PAUSE_S = (0.0, 0.5, 2.0, 5.0, 15.0)  # by deaths in a row, the last for all further ones
 _HEAD_PAUSE_S = 5.0  # before it is tried again when Ray itself could not start a group
-_PENDING_AFTER_S = 15.0  # a start that takes longer is looked into, this often
+_LOOK_S = 15.0  # a start that takes longer is looked into, this often
 _MOST_SAMPLES = 4096  # timings of a group kept until they are looked at
 
 
@@ -107,7 +108,7 @@ class GroupKeeper:
             for group in self.groups.values():
                 if self._stopping:
                     return
-                if group.pinged:
+                if group.pinged or not group.up:
                     group.silent_s += awake_s
                 self._tend_group(group, now)
 
@@ -169,7 +170,7 @@ class GroupKeeper:
             elif group.retry_at_s is not None and now >= group.retry_at_s:
                 self._spawn(group)
         elif group.state in (STARTING, PENDING):
-            self._look_whether_pending(group, now)
+            self._look_at_start(group, now)
         elif group.up:
             if group.silent_s > self._config.placement.unreachable_s:
                 self._abandon(group)
@@ -182,7 +183,7 @@ class GroupKeeper:
         except ValueError:  # it died since it was listed
             return False
         group.incarnation = self._lives[group.id] = life
-        group.state = STARTING
+        group.state, group.spawned_s = STARTING, -math.inf  # looked into at once
         self._watch(group)
         return True
 
@@ -248,7 +249,7 @@ class GroupKeeper:
         group.loading[:] = False
         group.resident_bytes = group.queued_pairs = 0
         group.busy, group.worked, group.served_since = 0.0, None, None
-        group.silent_s = 0.0
+        group.silent_s, group.stage = 0.0, PENDING
         group.samples.clear()
 
     def _watch(self, group: LiveGroup) -> None:
@@ -309,19 +310,28 @@ class GroupKeeper:
         group.last_error = ""
         self.changes += 1
 
-    def _look_whether_pending(self, group: LiveGroup, now: float) -> None:
-        """A start that takes long may wait for resources that the cluster does not have."""
-        if now - max(group.spawned_s, group.looked_s) < _PENDING_AFTER_S:
+    def _look_at_start(self, group: LiveGroup, now: float) -> None:
+        """One that takes long may wait for resources that the cluster does not have, for as long
+        as it likes; or it hangs, and is ended."""
+        place = self._config.placement
+        limit_s = place.unreachable_s if group.stage == RUNNING else place.load_timeout_s
+        if group.stage != PENDING and group.silent_s > limit_s:
+            self._abandon(group)
+            return
+        if now - max(group.spawned_s, group.looked_s) < min(_LOOK_S, place.unreachable_s):
             return
         group.looked_s = now
         try:
-            pending = self._cluster.is_pending(group.actor)
+            stage, group.node, group.pid = self._cluster.place_of(group.actor)
         except Exception:
             log.exception("Ray's head does not answer")
             return
-        if pending and group.state == STARTING:
-            group.state = PENDING
-            group.last_error = "waits for resources: " + _asked_for(group)
+        if stage != group.stage:
+            group.stage, group.silent_s = stage, 0.0
+        pending = stage == PENDING and now - group.spawned_s >= _LOOK_S
+        if pending != (group.state == PENDING):
+            group.state = PENDING if pending else STARTING
+            group.last_error = "waits for resources: " + _asked_for(group) if pending else ""
             self.changes += 1
 
     def _ping(self, group: LiveGroup, now: float) -> None:
@@ -362,7 +372,8 @@ class GroupKeeper:
             self.changes += 1
 
     def _abandon(self, group: LiveGroup) -> None:
-        """It runs but does not answer (frozen, its node cut off): end it, start another life.
+        """It does not answer (frozen, hung in its start, its node cut off): end it, start another
+        life.
 
         Should it wake up, nobody talks to it any more: its incarnation is an old one.
         """

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+import os
+import signal
+from typing import Any, NamedTuple
 
+import psutil
 import ray
 from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 NAMESPACE = "raymoe"
 
@@ -48,12 +53,42 @@ def spawn(plain: type, name: str, options: dict[str, Any], **arguments: Any) -> 
     )
 
 
-def is_pending(actor: ActorHandle) -> bool:
-    """Ray has not found a place for this actor yet (or is just starting its process)."""
+PENDING, STARTING, RUNNING = "pending", "starting", "running"
+
+
+class Place(NamedTuple):
+    """How far an actor's start is, and where. PENDING: Ray has found no place for it yet (or is
+    just starting its process, `pid` 0); STARTING: its constructor runs; RUNNING: that has ended."""
+
+    stage: str
+    node: str
+    pid: int
+
+
+def place_of(actor: ActorHandle) -> Place:
+    """As Ray's head knows it, whether the actor answers or not."""
     from ray._private.state import actors  # as `ray list actors`, without needing the dashboard
 
-    return bool(
-        actors(actor._actor_id.hex()).get("State") in ("PENDING_CREATION", "DEPENDENCIES_UNREADY")
+    told = actors(actor._actor_id.hex())
+    node, pid = str(told.get("Address", {}).get("NodeID", "")), int(told.get("Pid") or 0)
+    if told.get("State") not in ("PENDING_CREATION", "DEPENDENCIES_UNREADY"):
+        return Place(RUNNING, node, pid)
+    return Place(STARTING, node, pid) if pid else Place(PENDING, "", 0)
+
+
+def kill_process(pid: int, named: str) -> None:
+    """Ends a process of this node that may be stopped, if it is (still) one so named. Ray asks
+    an actor to end itself, which a stopped one does not hear."""
+    with contextlib.suppress(psutil.Error, ProcessLookupError):
+        if named in " ".join(psutil.Process(pid).cmdline()):
+            os.kill(pid, signal.SIGKILL)
+
+
+def kill_on(node: str, pid: int, named: str) -> None:
+    """`kill_process` on another node, soon: not waited for."""
+    where = NodeAffinitySchedulingStrategy(node, soft=False)
+    ray.remote(kill_process).options(num_cpus=0, max_retries=0, scheduling_strategy=where).remote(
+        pid, named
     )
 
 

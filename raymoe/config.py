@@ -382,7 +382,10 @@ class PlacementConfig(_Checked):
         600.0, gt=0, description="a group that no controller asks after for so long ends itself"
     )
     load_timeout_s: float = Field(
-        600.0, gt=0, description="start-up gives up when the experts are not loaded by then"
+        600.0,
+        gt=0,
+        description="start-up gives up when the experts are not loaded by then; a group whose "
+        "process takes longer to come up is ended and started anew",
     )
     autoscale: AutoscaleConfig = AutoscaleConfig()
 

@@ -14,6 +14,7 @@ import numpy as np
 from actors.cluster import RayCluster
 from actors.fleet import Calls
 from actors.loop import ControlLoop
+from actors.spawn import PENDING, RUNNING, STARTING, Place
 from raymoe.checkpoint.spec import ModelSpec
 from raymoe.config import DeploymentConfig
 from raymoe.control import ClientReport
@@ -62,6 +63,7 @@ class Process:
         self.incarnation, self.told_speed = arguments["incarnation"], arguments["speed"]
         self.resident = np.zeros((spec.layers, spec.experts), np.bool_)
         self.alive, self.frozen, self.placed = True, False, True
+        self.created = False  # its constructor has ended
         self.gentle = False
         self.slow_loads = False  # loads wait until this is over
         self.trickle = False  # one replica an answer
@@ -96,6 +98,7 @@ class Process:
     def answer(self) -> None:
         if not self.alive or self.frozen or not self.placed:
             return
+        self.created = True
         queue, self._queue = self._queue, []
         for method, arguments, ref in queue:
             if method == "bring" and self.slow_loads:
@@ -238,9 +241,10 @@ class FakeCluster(RayCluster):
         self.processes[name] = process
         return process
 
-    def is_pending(self, actor: Any) -> bool:
+    def place_of(self, actor: Any) -> Place:
         self._ask_head()
-        return not actor.placed
+        stage = RUNNING if actor.created else STARTING if actor.placed else PENDING
+        return Place(stage, actor.node, 1)
 
     def _ask_head(self) -> None:
         if self.head_away:

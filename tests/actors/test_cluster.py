@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable
 from functools import partial
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import pytest
@@ -21,10 +22,15 @@ class Away:
 
     def __init__(self) -> None:
         self.back, self.killed = threading.Event(), threading.Event()
+        self.asked: SimpleQueue[Any] = SimpleQueue()  # of other nodes
 
     def kill(self, actor: Any) -> None:
         self.back.wait()
         self.killed.set()
+
+    def kill_on(self, *where: Any) -> None:
+        self.back.wait()
+        self.asked.put(where)
 
     def answer(self, *_: Any, **__: Any) -> Any:
         self.back.wait()
@@ -34,8 +40,9 @@ class Away:
 def away(monkeypatch: pytest.MonkeyPatch) -> Any:
     away = Away()
     monkeypatch.setattr(ray, "kill", away.kill)
-    for name in ("names_alive", "find", "spawn", "is_pending", "draining_nodes"):
+    for name in ("names_alive", "find", "spawn", "place_of", "draining_nodes"):
         monkeypatch.setattr(f"actors.cluster.{name}", away.answer)
+    monkeypatch.setattr("actors.cluster.kill_on", away.kill_on)
     yield away
     away.back.set()
 
@@ -69,7 +76,7 @@ def limited() -> RayCluster:
         lambda cluster: cluster.names_alive(),
         lambda cluster: cluster.find("a"),
         lambda cluster: cluster.start_group("a", {}, False),
-        lambda cluster: cluster.is_pending(None),
+        lambda cluster: cluster.place_of(None),
         lambda cluster: cluster.draining_nodes(),
     ],
 )
@@ -104,6 +111,11 @@ def test_a_frozen_group_of_this_node_ends_though_the_head_is_away(
             in_time(partial(cluster.kill_frozen, None, node, process.pid))  # type: ignore[arg-type]
         assert group.wait(60) == -9
         assert other.poll() is None, "a process that has taken the number of a group"
+        away.back.set()
+        assert away.asked.get(timeout=60) == ("elsewhere", group.pid, "ExpertGroup")
+        in_time(partial(cluster.kill_frozen, None, "", 0))  # type: ignore[arg-type]
+        with pytest.raises(Empty):
+            away.asked.get(timeout=0.1)
     finally:
         for process in (group, other):
             process.kill()

@@ -420,6 +420,49 @@ def test_a_frozen_group_is_replaced(tmp_path: Path) -> None:
     assert w.cluster.of("g0").incarnation > life and w.served()
 
 
+def test_a_group_that_hangs_in_its_start_is_replaced(tmp_path: Path) -> None:
+    w = world(tmp_path, load_timeout_s=60)
+    w.turns()
+    scale(w, 3)
+    w.cluster.of("g2").frozen = True
+    life = w.lives()["g2"]
+    w.turns(200)  # 50 s
+    assert w.lives()["g2"] == life and w.states()["g2"] == "starting", "some take long"
+    w.turns(200)
+    assert w.lives()["g2"] > life and w.states()["g2"] == "ready" and w.served()
+
+
+def test_a_group_that_waits_for_its_place_is_not_taken_to_hang(tmp_path: Path) -> None:
+    w = world(tmp_path, load_timeout_s=60)
+    w.turns()
+    w.cluster.full = True
+    scale(w, 3)
+    w.turns(1000)  # 250 s
+    life = w.lives()["g2"]
+    assert w.states()["g2"] == "pending"
+    w.cluster.of("g2").placed = True
+    w.cluster.of("g2").frozen = True
+    w.turns(100)
+    assert w.states()["g2"] == "starting" and w.lives()["g2"] == life
+    w.cluster.of("g2").frozen = False
+    w.turns(40)
+    assert w.states()["g2"] == "ready" and w.lives()["g2"] == life
+
+
+@pytest.mark.parametrize("how", ["frozen", "starting"])
+def test_a_new_controller_finds_a_group_that_does_not_answer(tmp_path: Path, how: str) -> None:
+    w = world(tmp_path, unreachable_s=10, load_timeout_s=60)
+    w.turns()
+    w.cluster.of("g1").frozen = True
+    w.cluster.of("g1").created = how == "frozen"
+    life = w.lives()["g1"]
+    w.controller()
+    w.turns(120)  # 30 s
+    assert (w.lives()["g1"] > life) == (how == "frozen")
+    w.turns(240)
+    assert w.lives()["g1"] > life and w.states() == {"g0": "ready", "g1": "ready"} and w.served()
+
+
 def test_a_node_that_is_about_to_go_is_left_before_it_does(tmp_path: Path) -> None:
     w = world(tmp_path, slots=4)  # without another group the rest could not hold all
     w.turns()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -29,7 +32,7 @@ def config(path: Path, address: str) -> str:
         ],
         "routers": {"resources": {"head": 1}},
         "gateway": {"resources": {"head": 1}},
-        "placement": {"restore_s": 0.5, "interval_s": 0.5},
+        "placement": {"restore_s": 0.5, "interval_s": 0.5, "unreachable_s": 5},
     }
     path.write_text(yaml.safe_dump(settings))
     return str(path)
@@ -47,6 +50,16 @@ def test_a_cluster_is_joined_and_left_and_a_node_of_it_lost(tmp_path: Path) -> N
             before = client.ask("In the beginning", 120)
             again = run_raymoe("serve", "--config", file, "--port", str(free_port()), env=nodes.env)
             assert again.returncode == 2 and "runs already" in again.stderr, again.stderr
+
+            # a stopped process does not hear Ray, which asks it to end: it is killed on its node
+            os.kill(second["pid"], signal.SIGSTOP)
+
+            def replaced() -> bool:
+                row = running.get("/status")["groups"][1]
+                return bool(row["state"] == "ready" and row["incarnation"] > second["incarnation"])
+
+            assert wait_for(replaced, 120)
+            assert wait_for(lambda: not psutil.pid_exists(second["pid"]), 60)
 
             with Wave(client, ["In the beginning"], 120) as wave:
                 time.sleep(0.3)
