@@ -47,23 +47,26 @@ class Traffic:
 
 
 class Behind:
-    """How long clients have not taken the newest table; those that never do are left behind."""
+    """For how long each client has not been up to date; who is not for too long is left behind.
+
+    A client is timed from when it last kept up, not from the newest table: tables may change more
+    often than the limit, and one client that is stuck must not hold drops up for ever.
+    """
 
     def __init__(self, limit_s: float) -> None:
         self._limit_s = limit_s
-        self._order: tuple[int, int] | None = None
-        self._since_s = 0.0
-        self._told = False
+        self._since_s: dict[str, float] = {}  # of those that are behind now
+        self._told: set[str] = set()
 
     def drained(self, order: tuple[int, int], behind: tuple[str, ...], now: float) -> int:
-        """The epoch that no client is behind any more: that of `order`, or 0."""
-        if order != self._order:
-            self._order, self._since_s, self._told = order, now, False
-        if not behind:
-            return order[1]
-        if now - self._since_s < self._limit_s:
-            return 0
-        if not self._told:
-            log.warning("%s do not take table %s: left behind", ", ".join(behind), order)
-            self._told = True
-        return order[1]
+        """The epoch of the newest table, `order`, when nobody is waited for any more, or 0.
+
+        behind: the clients that do not use a table at least as new yet.
+        """
+        self._since_s = {name: self._since_s.get(name, now) for name in behind}
+        self._told &= set(behind)
+        late = {name for name in behind if now - self._since_s[name] >= self._limit_s}
+        if late - self._told:
+            log.warning("%s do not take table %s: left behind", ", ".join(sorted(late)), order)
+            self._told |= late
+        return order[1] if late == set(behind) else 0
