@@ -137,13 +137,13 @@ class Executor:
             else:
                 stats.copied += len(ready)
                 stats.copied_bytes += moved
-            for layer, expert in ready:
-                self._avoid.pop((layer, expert, group_id), None)
-                self._outcome.load_done((layer, expert, group_id))
             for layer, expert, why in failed:
                 stats.failed += 1
                 stats.last_error = f"layer {layer} expert {expert} on {group_id}: {why}"
                 self._failed((layer, expert, group_id), source)
+            for layer, expert in ready:  # after what failed: the group is not one where all does
+                self._avoid.pop((layer, expert, group_id), None)
+                self._outcome.load_done((layer, expert, group_id))
 
         pairs = [(load.layer, load.expert) for load in loads]
         self._groups.bring(group_id, pairs, source, None if urgent else self._limit, done)

@@ -187,16 +187,19 @@ class ControlLoop:
         )
 
     def _tell_ready(self, snapshot: Snapshot) -> None:
-        """A group that has come so far as to hold all that is planned for it is ready."""
-        target = self.mind.target
-        if target is None:
+        """A group that has come so far as to hold all that is planned for it is ready; what fails
+        to load there is not waited for."""
+        if self.mind.target is None:
             return
+        awaited, failing = self.mind.awaited, self.mind.converger.failing
         for g, group_id in enumerate(snapshot.fleet.ids):
             group = self.groups.get(group_id)
             if group is None or group.state != LOADING:
                 continue
-            if not (target.resident[:, :, g] & ~group.resident).any():
+            if not (awaited[:, :, g] & ~group.resident).any():
+                error = group.last_error
                 self.keeper.became_ready(group)
+                group.last_error = error if failing.troubled(group_id) else ""
 
     # ---- how far it is
 
@@ -219,7 +222,11 @@ class ControlLoop:
     @property
     def problem(self) -> str:
         """Why some experts cannot be served, and what to do; "" when all can, or will be soon."""
-        return self.failed or ("" if self.complete() else self.mind.missing)
+        if self.failed or self.complete() or not self.mind.missing:
+            return self.failed or ""
+        failing = self.mind.converger.failing
+        errors = [f"{g.id}: {g.last_error}" for g in self.groups.values() if failing.troubled(g.id)]
+        return self.mind.missing + (f" ({'; '.join(errors)})" if errors else "")
 
     def _all_served(self) -> bool:
         served = np.logical_or.reduce([g.resident for g in self.groups.values()])

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from placement.actions import Action, Drop, Load, Publish, Retire, Snapshot
+from placement.failing import Cell, Failing
 from placement.table import make_table
 from placement.types import Bools, Ints, Placement, bytes_by_group
 
 _NOISE = 0.05  # measured speeds wander by so much; no reason for a new table
-Cell = tuple[int, int, str]  # layer, expert, group id
 
 
 @dataclass(kw_only=True)
@@ -27,11 +27,10 @@ class Converger:
 
     term: int
     loads_per_group: int = 4
-    retry_s: float = 5.0
     detours: set[Cell] = field(default_factory=set)
     suspended: set[Cell] = field(default_factory=set)
     given_up: set[Cell] = field(default_factory=set)
-    failures: dict[Cell, tuple[int, float]] = field(default_factory=dict)
+    failing: Failing = field(default_factory=Failing)
     reasons: dict[Cell, str] = field(default_factory=dict)  # why the plan wants a replica
 
     def new_target(self) -> None:
@@ -41,13 +40,12 @@ class Converger:
         self.given_up.clear()
 
     def load_failed(self, cell: Cell, now: float) -> None:
-        """A load ended in an error: try again later, each time later."""
-        count = self.failures.get(cell, (0, 0.0))[0] + 1
-        self.failures[cell] = count, now + self.retry_s * 2 ** min(count - 1, 6)
+        """A load ended in an error, from the checkpoint too: later again, or elsewhere."""
+        self.failing.failed(cell, now)
 
     def load_done(self, cell: Cell) -> None:
-        """A replica is ready: earlier failures of it count no more."""
-        self.failures.pop(cell, None)
+        """A replica is ready."""
+        self.failing.came(cell)
 
     def step(self, snapshot: Snapshot, target: Placement, now: float) -> list[Action]:
         """The next safe actions towards `target` (in the snapshot's group order)."""
@@ -112,7 +110,7 @@ class Converger:
         for layer, expert, group in cells[order].tolist():
             cell = (layer, expert, fleet.ids[group])
             size = int(fleet.expert_bytes[layer])
-            if self.failures.get(cell, (0, 0.0))[1] > now or busy[group] >= self.loads_per_group:
+            if busy[group] >= self.loads_per_group or not self.failing.may_try(cell, now):
                 continue
             # the reserve is for cold serving: only an expert nobody serves may use it
             room = free[group] + (view.reserve if lost[layer, expert] else 0)
@@ -172,7 +170,7 @@ class Converger:
         cells = [
             c
             for c in np.argwhere(view.wanted).tolist()
-            if self.failures.get((c[0], c[1], fleet.ids[c[2]]), (0, 0.0))[1] <= now
+            if self.failing.may_try((c[0], c[1], fleet.ids[c[2]]), now)
         ]
         for layer, expert, group in cells:
             if view.free[group] + view.reserve >= fleet.expert_bytes[layer]:

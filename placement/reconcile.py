@@ -26,7 +26,7 @@ from placement.pins import Cell, held_too, masks
 from placement.plan import Plan, PlanConfig
 from placement.steady import SteadyFleet
 from placement.target import Target
-from placement.types import Fleet, Placement
+from placement.types import Bools, Fleet, Placement
 from placement.unplanned import observed, uniform
 
 _PATIENCE = 10  # plans are replaced unfinished after so many times plan_every_s
@@ -91,6 +91,9 @@ class Reconciler:
         self._fleet: Fleet | None = None
         self._draining: frozenset[str] = frozenset()
         self._pins: tuple[frozenset[Cell], frozenset[Cell]] = (frozenset(), frozenset())
+        self._barred: Bools | None = None  # in the order of `_barred_ids`
+        self._barred_ids: tuple[str, ...] = ()
+        self._stuck = ""
         self._tried_s = -np.inf
         self._unused = False  # a window came in since the last plan
 
@@ -111,8 +114,19 @@ class Reconciler:
 
     @property
     def missing(self) -> str:
-        """What the groups lack to hold one of each expert, by bytes."""
-        return self._target.missing
+        """What the groups lack to hold one of each expert, by bytes; or which experts fail to load
+        where alone there is room for them."""
+        return self._target.missing or self._stuck
+
+    @property
+    def awaited(self) -> Bools:
+        """The target [L, E, G] without what fails to load and is not to be waited for."""
+        assert self.target is not None
+        resident = self.target.resident
+        if self._barred is None or self._barred.shape != resident.shape:
+            return resident
+        awaited: Bools = resident & ~self._barred
+        return awaited
 
     def adopt(self, target: Placement, fleet: Fleet) -> None:
         """Take over a placement made elsewhere (at start, by an operator)."""
@@ -137,7 +151,9 @@ class Reconciler:
             staying=np.array([group not in self._draining for group in fleet.ids]),
             limits=replace(limits, margin=limits.margin * self.caution),
             mode=self.config.mode,
-            held=held_too(self._target.dwell.held(shape, fleet.ids, now), pinned, barred),
+            held=held_too(
+                self._target.dwell.held(shape, fleet.ids, now), pinned, self._closed(barred)
+            ),
         )
 
     def step(self, snapshot: Snapshot, now: float) -> list[Action]:
@@ -145,15 +161,17 @@ class Reconciler:
         snapshot = replace(snapshot, fleet=self._steady.follow(snapshot.fleet, now))
         fresh = self._measure(snapshot)
         pins = self._follow_pins(snapshot)
-        trigger = self._follow_fleet(snapshot) or pins
+        ended = self._follow_bars(snapshot, now)
+        trigger = self._follow_fleet(snapshot) or pins or ended
         waited = now - self._tried_s
         due = fresh and self.config.live and waited >= self.config.plan_every_s
         target = self.target
         if due and target is not None and waited < _PATIENCE * self.config.plan_every_s:
             # a plan still being carried out is not yet to be judged, nor replaced
-            due = not bool((target.resident & ~snapshot.ready).any())
+            due = not bool((self.awaited & ~snapshot.ready).any())
         if target is None or trigger or due:
             self._replan(snapshot, now, trigger)
+        self._avoid(snapshot)
         target = self.target
         if target is None:
             return []
@@ -210,6 +228,40 @@ class Reconciler:
         before, self._pins = self._pins, (snapshot.pinned, snapshot.barred)
         return "operator" if before != self._pins else ""
 
+    def _follow_bars(self, snapshot: Snapshot, now: float) -> str:
+        """What fails to load, and where; whether some of it may be planned there again."""
+        ids, failing = snapshot.fleet.ids, self.converger.failing
+        failing.only(frozenset(ids) - snapshot.away)  # a new life may run elsewhere
+        before, known = self._barred, self._barred_ids == ids
+        self._barred, self._barred_ids = failing.bars(ids, snapshot.ready, now), ids
+        if before is None or not known:
+            return ""
+        return "loads" if (before & ~self._barred & ~snapshot.ready).any() else ""
+
+    def _closed(self, barred: Bools) -> Bools:
+        """What operators do not want somewhere, and what fails to load there."""
+        return barred if self._barred is None else barred | self._barred
+
+    def _avoid(self, snapshot: Snapshot) -> None:
+        """The target without what fails to load, as far as there is room elsewhere."""
+        target, barred, fleet = self.target, self._barred, snapshot.fleet
+        assert self._traffic is not None and barred is not None
+        self._stuck = ""
+        if target is None or not (target.resident & barred).any():
+            return
+        closed = snapshot.draining | snapshot.away
+        staying = np.array([g not in closed for g in fleet.ids])
+        forecast = self._traffic.forecaster.forecast()
+        self._target.avoid(forecast, fleet, barred, snapshot.ready, staying)
+        assert self.target is not None
+        left = self.target.resident & barred
+        if left.any():
+            groups = ", ".join(fleet.ids[g] for g in np.flatnonzero(left.any((0, 1))))
+            self._stuck = (
+                f"{int(left.any(2).sum())} experts fail to load on {groups}, and no other group "
+                "has room for them: mend what fails there, or add a group"
+            )
+
     def _replan(self, snapshot: Snapshot, now: float, trigger: str) -> None:
         fleet, config = snapshot.fleet, self.config
         self._tried_s = now
@@ -225,7 +277,7 @@ class Reconciler:
                 start = place_at_start(fleet, experts=snapshot.ready.shape[1])
                 target.place(start, fleet, snapshot.ready, "placed at start, by bytes and speed")
                 return
-        if trigger == "groups" and not forecast.load.any():
+        if trigger in ("groups", "loads") and not forecast.load.any():
             forecast = uniform(fleet, snapshot.ready.shape[1])  # so that a new group gets its part
         idle = not config.live or not forecast.load.any()
         limits = replace(config.plan, margin=config.plan.margin * self.caution)
@@ -235,7 +287,8 @@ class Reconciler:
         mode = "delta" if delta else config.mode
         shape = (*snapshot.ready.shape[:2], len(fleet.groups))
         pinned, barred = (masks(c, shape, fleet.ids) for c in self._pins)
-        dwelling = held_too(target.dwell.held(shape, fleet.ids, now), pinned, barred)
+        dwelling = target.dwell.held(shape, fleet.ids, now)
+        dwelling = held_too(dwelling, pinned, self._closed(barred))
         plan = target.make(forecast, fleet, limits, mode, staying, dwelling)
         if plan is not None:
             target.adopt(plan, fleet, now, trigger or "load", staying)

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from placement.around import around
 from placement.complete import complete
 from placement.converge import Converger
 from placement.copies import with_copies
@@ -123,6 +124,28 @@ class Target:
             self.set(fixed)
             self._explain_new(fleet, held, "pinned by an operator")
             self._converger.reasons = {**before, **self._converger.reasons}
+
+    def avoid(
+        self, forecast: Forecast, fleet: Fleet, barred: Bools, ready: Bools, staying: Bools
+    ) -> None:
+        """Without the replicas that fail to load where they were to be, bool [L, E, G]."""
+        assert self.placement is not None
+        old = self.placement.resident
+        found = around(self.placement, fleet, barred, ready, forecast.load, staying)
+        out, added = old & ~found.resident, found.resident & ~old
+        if not out.any():
+            return
+        for layer, expert, group in np.argwhere(added).tolist():
+            self._lent.restored(layer, expert, fleet.ids[group])
+        before = self._converger.reasons
+        self.set(found)
+        groups = ", ".join(fleet.ids[g] for g in np.flatnonzero((out & barred).any((0, 1))))
+        self._explain_new(fleet, old, f"it failed to load on {groups}")
+        self._converger.reasons = {**before, **self._converger.reasons}
+        self.events.append(
+            f"{int((out & barred).sum())} replicas fail to load on {groups}: not tried there for a "
+            f"while, {int(added.sum())} of them planned elsewhere"
+        )
 
     def adopt(self, plan: Plan, fleet: Fleet, now: float, trigger: str, staying: Bools) -> None:
         """The plan becomes the target; what it promises is to be judged."""

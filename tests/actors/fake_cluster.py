@@ -69,6 +69,7 @@ class Process:
         self.trickle = False  # one replica an answer
         self.memory_bytes: int = arguments["memory_bytes"]
         self.broken_sources: set[str] = set()
+        self.bad_disk = False  # nothing can be read from the checkpoint
         self.term = 0
         self._held: Ref | None = None
         self.busy_s = 0.0
@@ -184,6 +185,9 @@ class Process:
             size = 0 if self.resident[layer, expert] else self._spec.expert_bytes[layer]
             if self._bytes() + size > self.memory_bytes:
                 failed.append((layer, expert, "over the budget"))
+                continue
+            if source is None and self.bad_disk:
+                failed.append((layer, expert, "the disk cannot be read"))
                 continue
             self.resident[layer, expert] = True
             self.brought.append((layer, expert, source and source["id"]))

@@ -183,7 +183,7 @@ def test_a_failed_load_is_tried_again_later_and_later():
     spec = fleet(groups=2, layers=1, slots=5)
     world = World(spec, single(np.array([[0, 0]]), 2))
     target = placement(single(np.array([[0, 1]]), 2))
-    converger = Converger(term=1, retry_s=5.0)
+    converger = Converger(term=1)
     asked = []
     for now in range(60):
         actions = converger.step(world.snapshot(), target, float(now))
