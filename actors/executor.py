@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from placement.actions import Action, Drop, Load, Snapshot
-from placement.converge import Cell
+from placement.failing import Cell
 
 Pairs = list[tuple[int, int]]  # (layer, expert)
 Failed = list[tuple[int, int, str]]  # (layer, expert, why)

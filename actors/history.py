@@ -6,7 +6,7 @@ import time
 from collections import deque
 from typing import Any
 
-from placement.converge import Cell
+from placement.failing import Cell
 from placement.reconcile import Reconciler
 
 

@@ -57,7 +57,8 @@ def _make_room(
 ) -> int | None:
     """Takes the spare replicas that carry least from one of the groups `may`, until `size` bytes
     are free there; the group, or None when none has so many."""
-    for group in np.argsort(held - fleet.budget_bytes, kind="stable").tolist():
+    order: list[int] = np.argsort(held - fleet.budget_bytes, kind="stable").tolist()
+    for group in order:
         if not may[group]:
             continue
         copies = resident.sum(2)

@@ -83,7 +83,7 @@ class Failing:
     def bars(self, ids: tuple[str, ...], ready: Bools, now: float) -> Bools:
         """Replicas that are not to be loaded now, bool [L, E, G] in the order of `ids`."""
         index = {group: g for g, group in enumerate(ids)}
-        served = ready.any(2)
+        served: Bools = ready.sum(2) > 0
         barred = np.zeros(ready.shape, np.bool_)
         barred[:, :, [self.all_fail(group, now) for group in ids]] = True
         for (layer, expert, group), seen in self._cells.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from placement.converge import Cell
+from placement.failing import Cell
 from placement.types import Bools, Placement
 
 
