@@ -17,15 +17,13 @@ No proven bounds (layouts are searched for), but more than a planner may have.
 
 from __future__ import annotations
 
-import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.planning.score import by_split, make_fleet
-from benchmarks.planning.traces import Trace, load_traces
+from benchmarks.planning.traces import Trace, load_traces, parser_of
 from benchmarks.report import table
 from placement.forecast import Forecast
 from placement.knapsack import choose
@@ -43,10 +41,7 @@ ROUNDS = 100  # of polishing
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    beside = Path(__file__).resolve().parents[3] / "shared" / "traces"
-    parser.add_argument("--traces", type=Path, default=beside)
-    parser.add_argument("--only", default="", help="traces whose name contains this")
+    parser = parser_of(__doc__, "traces")
     parser.add_argument("--ways", default="window,trace,free,others,past")
     args = parser.parse_args()
     rows = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,15 @@ FAMILIES = {  # prefix: experts, tokens a window, bytes of one expert as publish
     "gptoss20b": (32, 2048, 3 * 2880 * 2880 * 17 // 32),  # MXFP4: 4.25 bits a weight
 }
 PARTS = 16  # of a window
+BESIDE = Path(__file__).resolve().parents[3] / "shared" / "traces"
+
+
+def parser_of(doc: str, of: str) -> argparse.ArgumentParser:
+    """For a program over the traces, which its docstring describes: --traces and --only."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--traces", type=Path, default=BESIDE)
+    parser.add_argument("--only", default="", help=f"{of} whose name contains this")
+    return parser
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

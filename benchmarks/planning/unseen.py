@@ -10,7 +10,6 @@ others on every case instead. Quality only: nothing here depends on timing.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +21,14 @@ import numpy as np
 
 from benchmarks.planning.eplb import eplb
 from benchmarks.planning.score import STEPS, by_split, make_fleet
-from benchmarks.planning.traces import FAMILIES, Trace, r1_like, synthetic_family, trace_of
+from benchmarks.planning.traces import (
+    FAMILIES,
+    Trace,
+    parser_of,
+    r1_like,
+    synthetic_family,
+    trace_of,
+)
 from benchmarks.report import table
 from placement import problem, score
 from placement.forecast import Forecaster
@@ -41,10 +47,7 @@ SETTINGS: dict[str, tuple[Any, str, Any]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    beside = Path(__file__).resolve().parents[3] / "shared" / "traces"
-    parser.add_argument("--traces", type=Path, default=beside)
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser = parser_of(__doc__, "cases")
     parser.add_argument("--settings", action="store_true")
     args = parser.parse_args()
     rows = []

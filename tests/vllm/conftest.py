@@ -1,4 +1,4 @@
-"""Without vLLM installed only the tests that need none of it are collected."""
+"""Without vLLM installed only the tests that need none of it are collected. Shared fixtures."""
 
 from __future__ import annotations
 
@@ -7,6 +7,15 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:  # torch is imported when the environment is set
+    from tests.vllm.groups import Fleet
+    from tests.vllm.heard import Heard
 
 if importlib.util.find_spec("vllm") is None:
     collect_ignore = [
@@ -37,3 +46,21 @@ os.environ.update(
         "OMP_NUM_THREADS": "1",
     }
 )
+
+
+@pytest.fixture(scope="module")
+def fleet(model: Path) -> Iterator[Fleet]:
+    """Two groups over the module's checkpoint: a holds the even experts, b the odd ones."""
+    from tests.vllm.groups import Fleet
+
+    fleet = Fleet(model, {"a": lambda _, e: e % 2 == 0, "b": lambda _, e: e % 2 == 1})
+    yield fleet
+    fleet.close()
+
+
+@pytest.fixture(scope="module")
+def heard() -> Heard:
+    """What the module's engine publishes."""
+    from tests.vllm.heard import Heard
+
+    return Heard()

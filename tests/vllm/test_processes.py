@@ -39,18 +39,6 @@ def reference(model: Path) -> list[Text]:
 
 
 @pytest.fixture(scope="module")
-def fleet(model: Path) -> Iterator[Fleet]:
-    fleet = Fleet(model, {"a": lambda _, e: e % 2 == 0, "b": lambda _, e: e % 2 == 1})
-    yield fleet
-    fleet.close()
-
-
-@pytest.fixture(scope="module")
-def heard() -> Heard:
-    return Heard()
-
-
-@pytest.fixture(scope="module")
 def engine(
     model: Path, fleet: Fleet, heard: Heard, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[VllmEngine]:

@@ -40,16 +40,8 @@ WAYS: list[dict[str, Any]] = [
 
 
 @pytest.fixture(scope="module")
-def fleet() -> Iterator[Fleet]:
-    """a holds the even experts, b the odd ones."""
-    fleet = Fleet(DEMO, {"a": lambda _, e: e % 2 == 0, "b": lambda _, e: e % 2 == 1})
-    yield fleet
-    fleet.close()
-
-
-@pytest.fixture(scope="module")
-def heard() -> Heard:
-    return Heard()
+def model() -> Path:
+    return DEMO
 
 
 @pytest.fixture(scope="module")
