@@ -122,8 +122,10 @@ class Executor:
     ) -> None:
         started_s = self._clock()
         sizes = snapshot.fleet.expert_bytes
-        # an expert nobody serves holds requests up: as fast as it goes
-        urgent = any(not snapshot.ready[load.layer, load.expert].any() for load in loads)
+        # an expert nobody serves holds requests up, and a node that goes does not wait: as fast as
+        # it goes
+        pressing = snapshot.pressing
+        urgent = any(pressing[load.layer, load.expert] for load in loads)
         for load in loads:
             self._noted((load.layer, load.expert, group_id), load.why)
 

@@ -84,6 +84,7 @@ class ControlLoop:
         self.traffic = Traffic(spec.layers, spec.experts, config.placement.window_s, self._began_s)
         self._behind = Behind(config.placement.ack_limit_s)
         self._placed = False
+        self._nodes_leaving: set[str] = set()
         self._seen = -1  # the keeper's changes at the last step
         self._stepped_s = self._looked_s = 0.0
         self._give_up_s = math.inf  # when a group that is away is not waited for any longer
@@ -184,6 +185,7 @@ class ControlLoop:
             window_s=window_s,
             queue_s=queue_s,
             intent=self.wanted.intent,
+            nodes_leaving=self._nodes_leaving,
         )
 
     def _tell_ready(self, snapshot: Snapshot) -> None:
@@ -257,6 +259,7 @@ class ControlLoop:
             return
         if newest > self.term:
             raise TakenOver(f"a controller of term {newest} has taken over from {self.term}")
+        self._nodes_leaving = leaving
         for group_id in self._try(partial(self.wanted.leave_nodes, leaving)) or ():
             self.history.say(f"the node of group {group_id} is about to go: it is replaced")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import replace
 
 import numpy as np
@@ -109,6 +109,7 @@ def snapshot_of(
     window_s: float,
     queue_s: float,
     intent: Intent,
+    nodes_leaving: Set[str],
 ) -> Snapshot:
     """`groups` in the order of `fleet`; arrays are copies, so that callbacks may go on writing."""
     return Snapshot(
@@ -119,6 +120,7 @@ def snapshot_of(
         drained=drained,
         draining=frozenset(group.id for group in groups if group.draining),
         away=frozenset(group.id for group in groups if not group.up),
+        leaving=frozenset(group.id for group in groups if group.node in nodes_leaving),
         pinned=intent.cells(keep=True),
         barred=intent.cells(keep=False),
         counts=counts,

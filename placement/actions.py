@@ -22,6 +22,7 @@ class Snapshot:
     draining   ids of groups that shall be emptied
     away       ids of groups that cannot be asked anything now but are expected back: they keep
                their part of the plan, and nothing is asked of them
+    leaving    ids of groups that will soon be gone, whatever is still on them (their node goes)
     pinned     replicas (layer, expert, group id) that operators want there, whatever they gain
     barred     replicas that operators do not want there while another one serves
     counts     float64 [L, E], tokens since the last snapshot; None: not measured
@@ -39,6 +40,7 @@ class Snapshot:
     drained: int = 0
     draining: frozenset[str] = frozenset()
     away: frozenset[str] = frozenset()
+    leaving: frozenset[str] = frozenset()
     pinned: frozenset[tuple[int, int, str]] = frozenset()
     barred: frozenset[tuple[int, int, str]] = frozenset()
     counts: Floats | None = None
@@ -56,6 +58,13 @@ class Snapshot:
                 raise PlacementError(f"snapshot.{name} must be bool [layers, experts, {groups}]")
         if self.ready.shape != self.loading.shape:
             raise PlacementError("snapshot.ready and snapshot.loading differ in shape")
+
+    @property
+    def pressing(self) -> Bools:
+        """Experts [L, E] that nobody serves, or will soon when groups that are leaving are gone."""
+        staying = np.array([group not in self.leaving for group in self.fleet.ids])
+        pressing: Bools = (self.ready & staying).sum(2) == 0
+        return pressing
 
 
 @dataclass(frozen=True, kw_only=True)

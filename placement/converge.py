@@ -97,16 +97,15 @@ class Converger:
         snapshot, fleet = view.snapshot, view.snapshot.fleet
         actions: list[Action] = []
         lost = no_host(snapshot.ready)
-        coming = lost & snapshot.loading.any(2)
-        missed = lost & ~coming  # nobody serves them, nor will soon
-        urgent = bool(coming.any())
+        coming = snapshot.loading.any(2)
+        pressing = snapshot.pressing
+        # nobody serves them, nor will soon: 0; nobody will when a node is gone: 1; all others: 2
+        rank = np.where(lost & ~coming, 0, np.where(pressing & ~lost, 1, 2))
+        urgent = 0 if (lost & coming).any() else 1 if (pressing & coming).any() else 2
         busy = snapshot.loading.sum((0, 1))
         free = view.free.copy()
         cells = np.argwhere(view.wanted)
-        # experts nobody will serve first, then in order
-        order = np.lexsort(
-            (cells[:, 2], cells[:, 1], cells[:, 0], ~missed[cells[:, 0], cells[:, 1]])
-        )
+        order = np.lexsort((cells[:, 2], cells[:, 1], cells[:, 0], rank[cells[:, 0], cells[:, 1]]))
         for layer, expert, group in cells[order].tolist():
             cell = (layer, expert, fleet.ids[group])
             size = int(fleet.expert_bytes[layer])
@@ -116,9 +115,9 @@ class Converger:
             room = free[group] + (view.reserve if lost[layer, expert] else 0)
             if room < size:
                 continue
-            if urgent and not missed[layer, expert]:
-                break  # requests wait for those: what others serve already is copied later
-            urgent |= bool(missed[layer, expert])
+            if rank[layer, expert] > urgent:
+                break  # those are waited for: what others serve already is copied later
+            urgent = min(urgent, int(rank[layer, expert]))
             free[group] -= size
             busy[group] += 1
             actions.append(self._load(view, layer, expert, group, "planned"))

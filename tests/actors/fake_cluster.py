@@ -76,6 +76,7 @@ class Process:
         self._spec = spec
         self._queue: list[tuple[str, tuple[Any, ...], Ref]] = []
         self.brought: list[tuple[int, int, str | None]] = []
+        self.limits: list[float | None] = []  # of each call that was to bring something
 
     def __getattr__(self, method: str) -> Any:
         if method.startswith("_") or method not in _METHODS:
@@ -177,6 +178,7 @@ class Process:
         self, pairs: list[tuple[int, int]], source: Any, limit: float | None, term: int
     ) -> dict[str, Any]:
         self._obey(term)
+        self.limits.append(limit)
         failed = []
         for layer, expert in pairs:
             if source is not None and source["id"] in self.broken_sources:

@@ -149,6 +149,13 @@ def test_copies_are_held_back_but_not_what_requests_wait_for() -> None:
     assert [(a[0], a[3]) for a in groups.asked] == [("g1", 7.0), ("g2", None)]
 
 
+def test_copies_off_a_node_that_goes_are_not_held_back() -> None:
+    executor, groups, _ = made(limit=7.0)
+    seen = replace(snapshot([[0], [0, 1], [1]]), leaving=frozenset({"g0"}))
+    executor.execute([load(0, "g2", "g0"), load(1, "g1", "g0"), load(2, "g0", "g1")], seen)
+    assert [(a[0], a[3]) for a in groups.asked] == [("g2", None), ("g1", 7.0), ("g0", 7.0)]
+
+
 def test_drops_go_out_together() -> None:
     executor, groups, _ = made()
     drops = [Drop(layer=0, expert=e, group="g0", why="") for e in range(3)]

@@ -474,6 +474,21 @@ def test_a_node_that_is_about_to_go_is_left_before_it_does(tmp_path: Path) -> No
     assert w.states() == {"g1": "ready", "g2": "ready"}
 
 
+def test_copies_off_a_node_that_goes_are_not_held_back_others_are(tmp_path: Path) -> None:
+    w = world(tmp_path, slots=8, copy_bytes_per_s=1.0, live=False)
+    w.turns()
+    w.cluster.leaving = {w.cluster.of("g0").node}
+    w.turns(60)
+    living = w.cluster.living()
+    assert set(living) == {"g1", "g2"} and w.served()
+    limits = [limit for process in living.values() for limit in process.limits if process.brought]
+    assert limits and set(limits) == {None}
+    drain(w, "g1")
+    w.turns(60)
+    assert w.states()["g1"] == "drained" and w.served()
+    assert w.cluster.of("g2").limits[-1] == 1.0, "there is time for that"
+
+
 def test_a_router_that_never_acknowledges_does_not_hold_up_a_drain_for_ever(
     tmp_path: Path,
 ) -> None:

@@ -266,3 +266,27 @@ def test_what_others_serve_is_copied_after_what_nobody_does():
     )
     snapshot.ready[0, 3, 1] = True
     assert loads() == {(0, spec.ids[1]), (1, spec.ids[1]), (1, spec.ids[2])}
+
+
+def test_what_only_a_group_that_is_leaving_has_is_copied_before_what_others_serve():
+    spec = fleet(3, layers=1, slots=8)
+    ready = single(np.array([[2, 0, 0, 1]]), 3)
+    goal = ready.copy()
+    goal[0, :2, 1] = True  # expert 1 for gain, expert 0 as its node goes
+    goal[0, 3, 2] = True
+    snapshot = Snapshot(
+        fleet=spec, ready=ready, loading=np.zeros_like(ready), leaving=frozenset({"g2"})
+    )
+    converger = Converger(term=1)
+
+    def loads(seen):
+        actions = converger.step(seen, placement(goal), 0.0)
+        return [(a.expert, a.group) for a in actions if isinstance(a, Load)]
+
+    assert loads(snapshot) == [(0, "g1")]
+    snapshot.loading[0, 0, 1] = True
+    assert loads(snapshot) == [], "and they are waited for"
+    assert loads(replace(snapshot, leaving=frozenset())) == [(1, "g1"), (3, "g2")]
+    snapshot.loading[:] = False
+    converger.load_failed((0, 0, "g1"), 0.0)
+    assert loads(snapshot) == [(1, "g1"), (3, "g2")], "until they fail: tried again later"
