@@ -37,6 +37,9 @@ DOMAINS = {
 }
 
 
+_LAST_S = 120.0  # what the last streams get to end by themselves
+
+
 class Server:
     """`raymoe serve` with these settings, as a child process. The model is called "demo"."""
 
@@ -134,6 +137,7 @@ class Stream:
     asked: float = field(default_factory=time.monotonic)  # when it was sent
     times: list[float] = field(default_factory=list)
     failed: str = ""
+    ended: bool = False  # in whatever way
 
 
 class Load:
@@ -169,27 +173,31 @@ class Load:
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        self._thread.join(120)
+        self._thread.join(_LAST_S)
+        for stream in list(self.done):
+            if not stream.ended and not stream.failed:
+                stream.failed = f"it has not ended {_LAST_S:g} s after the last was asked"
 
     @property
     def failures(self) -> list[str]:
         return [stream.failed for stream in self.done if stream.failed]
 
     def gaps(self, since: float, until: float) -> np.ndarray:
-        """Seconds between two chunks of one stream, of all gaps that touch the time span."""
+        """Seconds between two chunks of one stream, of all gaps that touch the time span. A stream
+        that has not ended has been waiting for its next one up to now."""
         gaps = []
         for stream in list(self.done):
-            times = np.array(stream.times)
+            times = _times(stream)
             inside = (times[1:] >= since) & (times[:-1] <= until)
             gaps.append(np.diff(times)[inside])
         return np.concatenate(gaps) if gaps else np.zeros(0)
 
     def resumed(self, at: float, within_s: float) -> list[float]:
         """Seconds from `at` until each stream then open had its next token, or, where a longer
-        pause began within `within_s`, the token that ended it."""
+        pause began within `within_s`, the token that ended it; up to now when it has not come."""
         found = []
         for stream in list(self.done):
-            times = np.array([stream.asked, *stream.times])
+            times = np.array([stream.asked, *_times(stream)])
             inside = np.flatnonzero((times[1:] > at) & (times[:-1] <= at + within_s))
             if stream.asked <= at and len(inside):
                 longest = inside[np.argmax(np.diff(times)[inside])]
@@ -223,6 +231,7 @@ class Load:
                 await self._ask(self._prompt(domain, turn), stream)
             except (OSError, asyncio.IncompleteReadError) as e:
                 stream.failed = repr(e)
+            stream.ended = True
             turn += self._streams
 
     def _prompt(self, domain: str, turn: int) -> str | list[int]:
@@ -263,6 +272,11 @@ class Load:
         writer.close()
         if not ended and not stream.failed:
             stream.failed = "the stream ended before [DONE]"
+
+
+def _times(stream: Stream) -> np.ndarray:
+    """When its chunks came and, while it is open, now."""
+    return np.array(stream.times if stream.ended else [*stream.times, time.monotonic()])
 
 
 def model_bytes(model: str) -> int:
