@@ -346,6 +346,29 @@ def test_a_controller_that_is_killed_in_the_middle_of_a_copy(
     assert w.loop.executor.stats.failed == 0
 
 
+@pytest.mark.parametrize("undo", [False, True])
+def test_a_controller_that_is_killed_in_the_middle_of_a_drain(tmp_path: Path, undo: bool) -> None:
+    """Its copies are made and the table without the group is out, but a router still lags."""
+    w = world(tmp_path, groups=3, live=False)
+    w.turns()
+    lives = w.lives()
+    w.control.lagging = True
+    drain(w, "g1")
+    w.turns(20)
+    assert w.states()["g1"] == "draining" and "g1" not in w.serving(), "it may still be asked"
+    assert w.cluster.of("g1").resident.any()
+    w.controller()
+    w.turns(8)
+    assert w.served() and w.lives() == lives and w.cluster.of("g1").resident.any()
+    if undo:
+        drain(w, "g1", undo=True)
+    w.control.lagging = False
+    w.turns(80)
+    assert w.served() and w.states()["g1"] == ("ready" if undo else "drained")
+    others = {group: life for group, life in lives.items() if group != "g1" or undo}
+    assert w.lives() == others, "nothing else was ended"
+
+
 def test_what_an_earlier_controller_had_dropped_late_is_not_taken_to_be_there(
     tmp_path: Path,
 ) -> None:

@@ -1,9 +1,11 @@
 """A network between a client and a group that can be cut: a TCP relay which, while cut, takes what
-is sent and says nothing. No connection is closed, as when a switch drops every packet."""
+is sent and says nothing. No connection is closed, as when a switch drops every packet. Or it gives
+the client noise in place of what the group says, as a group with broken memory might."""
 
 from __future__ import annotations
 
 import contextlib
+import random
 import select
 import socket
 import threading
@@ -17,9 +19,11 @@ class Relay:
         self._target = host, int(port)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
-        self.cut = threading.Event()
+        self.cut, self.noise = threading.Event(), threading.Event()
         self.connections = 0  # made so far
         self._closed = threading.Event()
+        self._random = random.Random(7)
+        self._far: set[socket.socket] = set()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -41,15 +45,17 @@ class Relay:
                         near, _ = sock.accept()
                         far = socket.create_connection(self._target)
                         other |= {stack.enter_context(near): far, stack.enter_context(far): near}
+                        self._far.add(far)
                         self.connections += 1
                     elif sock in other:
                         self._forward(sock, other)
 
-    @staticmethod
-    def _forward(sock: socket.socket, other: dict[socket.socket, socket.socket]) -> None:
+    def _forward(self, sock: socket.socket, other: dict[socket.socket, socket.socket]) -> None:
         try:
             data = sock.recv(1 << 16)
             if data:
+                if self.noise.is_set() and sock in self._far:
+                    data = self._random.randbytes(len(data))
                 other[sock].sendall(data)
                 return
         except OSError:

@@ -1,4 +1,5 @@
-"""The network to a group is cut without any connection being closed, and comes back."""
+"""The network to a group is cut without any connection being closed, or carries noise; and is well
+again."""
 
 from __future__ import annotations
 
@@ -81,3 +82,21 @@ def test_pairs_go_to_another_replica_while_the_network_is_cut_and_back_when_it_i
         check(client, spec, 32, seed % LAYERS, seed)
     wait_until(lambda: groups[1].report().pairs > before)
     assert made >= 2, "a new link, never the old one"
+
+
+def test_a_group_that_answers_garbage_is_left_and_its_pairs_go_to_another(
+    spec: ModelSpec, groups: list[GroupRuntime], relay: Relay, client: ExpertClient
+) -> None:
+    for seed in range(4):
+        check(client, spec, 32, seed % LAYERS, seed)
+    wait_until(lambda: groups[1].report().pairs > 0)
+    relay.noise.set()
+    for seed in range(4, 24):  # nothing of it gets into a sum
+        check(client, spec, 32, seed % LAYERS, seed)
+    assert client.stats.links_lost > 0
+    relay.noise.clear()
+    wait_until(lambda: client.connected() == ("far", "near"))
+    before = groups[1].report().pairs
+    for seed in range(24, 30):
+        check(client, spec, 32, seed % LAYERS, seed)
+    wait_until(lambda: groups[1].report().pairs > before)
