@@ -20,14 +20,16 @@ import torch
 
 from raymoe.checkpoint.record import load_expert
 from raymoe.checkpoint.spec import ModelSpec
+from raymoe.copiers import Copiers
 from raymoe.copying import Sender, Wait, fetch_record
 from raymoe.dispatch import Ints
 from raymoe.errors import ConfigError
 from raymoe.experts.shard import Between, ExpertShard
+from raymoe.joined import Joined
 from raymoe.links.connect import connect_stream
-from raymoe.links.handshake import Identity, Peer
+from raymoe.links.handshake import Identity
 from raymoe.links.link import Request
-from raymoe.links.protocol import PARTIAL, ROWS
+from raymoe.links.protocol import PARTIAL
 from raymoe.links.server import Server, ServerConfig
 from raymoe.native import native
 from raymoe.pacing import Pacer
@@ -36,7 +38,6 @@ from raymoe.table import GroupEndpoint
 
 log = logging.getLogger(__name__)
 
-MAX_COPIERS = 64  # connections of groups that copy from this one
 SAMPLES = 512  # timings kept
 
 
@@ -117,9 +118,7 @@ class GroupRuntime:
         self._fresh: deque[tuple[int, int, float]] = deque(maxlen=SAMPLES)  # not taken yet
         self._count_lock = threading.Lock()
         self.pacer = Pacer() if torch.device(shard.device).type == "cpu" else None
-        self._sender = Sender(shard, pacer=self.pacer)
-        self._copiers = threading.BoundedSemaphore(MAX_COPIERS)
-        self._copy_sockets: set[socket.socket] = set()
+        self._copiers = Copiers(Sender(shard, pacer=self.pacer), group_id)
         self._closed = threading.Event()
         self.server = Server(
             identity,
@@ -130,7 +129,7 @@ class GroupRuntime:
             incarnation=incarnation,
             node=node,
             config=config,
-            bulk=self._begin_copies,
+            bulk=self._copiers.begin,
         )
         self._thread = threading.Thread(
             target=self._serve, name=f"raymoe-group-{group_id}", daemon=True
@@ -250,8 +249,7 @@ class GroupRuntime:
         """End every thread and connection, within 2 s. A message in the works is not answered."""
         self._closed.set()
         self.server.stop()
-        for sock in list(self._copy_sockets):
-            _shut(sock)
+        self._copiers.close()
         self._thread.join(2.0)
 
     # --- the compute thread ----------------------------------------------------------------
@@ -373,7 +371,7 @@ class GroupRuntime:
         work = self._begin()
         layer, mode = requests[0].call.layer, requests[0].call.mode
         try:
-            joined = _Joined(requests)
+            joined = Joined(requests)
             missing = self.shard.compute(
                 layer,
                 joined.x,
@@ -401,64 +399,3 @@ class GroupRuntime:
             self._counts[layer, joined.expert_ids] += joined.counts
             self._has_served(len(joined.token_of_pair), busy_ns)
             self._timed(len(joined.token_of_pair), len(joined.expert_ids), busy_ns)
-
-    # --- copies to other groups ------------------------------------------------------------
-
-    def _begin_copies(self, sock: socket.socket, peer: Peer) -> None:
-        """In the server's loop thread: hand the socket to a thread of its own, or close it."""
-        if self._closed.is_set() or not self._copiers.acquire(blocking=False):
-            sock.close()
-            return
-        self._copy_sockets.add(sock)
-        threading.Thread(
-            target=self._send_copies, args=(sock,), name=f"raymoe-copy-{self.id}", daemon=True
-        ).start()
-
-    def _send_copies(self, sock: socket.socket) -> None:
-        try:
-            self._sender.serve(sock)
-        finally:
-            self._copy_sockets.discard(sock)
-            self._copiers.release()
-
-
-class _Joined:
-    """Several messages of one layer as one, and back. Rows of x follow each other by message."""
-
-    def __init__(self, requests: list[Request]) -> None:
-        first = requests[0]
-        self.x = torch.cat([request.x for request in requests])
-        experts = np.concatenate([np.repeat(r.expert_ids, r.counts) for r in requests])
-        token_start = np.cumsum([0, *(r.call.tokens for r in requests)])
-        tokens = np.concatenate(
-            [r.token_of_pair.numpy() + at for r, at in zip(requests, token_start, strict=False)]
-        )
-        self.order = np.argsort(experts, kind="stable")
-        self.token_of_pair = tokens[self.order].astype(np.int32)
-        self.weights: torch.Tensor | None = None
-        if first.weights is not None:
-            every = torch.cat([r.weights for r in requests if r.weights is not None])
-            self.weights = every[torch.from_numpy(self.order)]
-        counts = np.bincount(experts)
-        self.expert_ids = np.flatnonzero(counts).astype(np.int32)
-        self.counts = counts[self.expert_ids].astype(np.int32)
-        rows = len(experts) if first.call.mode == ROWS else len(self.x)
-        self.out = torch.empty(rows, self.x.shape[1], dtype=self.x.dtype)
-
-    def hand_out(self, requests: list[Request], mode: int) -> None:
-        """Each message's rows into its own reply."""
-        out = self.out
-        if mode == ROWS:
-            out = torch.empty_like(self.out)
-            out[torch.from_numpy(self.order)] = self.out
-        at = 0
-        for request in requests:
-            request.out.copy_(out[at : at + request.call.out_rows])
-            at += request.call.out_rows
-
-
-def _shut(sock: socket.socket) -> None:
-    try:
-        sock.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass  # it is closed already

@@ -13,19 +13,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from raymoe.errors import (
-    ExpertsUnavailable,
     FrameError,
     HandshakeRefused,
     LinkError,
-    Overloaded,
     RaymoeError,
-    RequestError,
-    RouterUnavailable,
 )
 from raymoe.links.handshake import Identity, Responder, Role, refusal
 from raymoe.links.streams import frame
 from raymoe.logs import fields
-from raymoe.requests import ErrorKind, GenerationRequest, TokenEvent
+from raymoe.requests import GenerationRequest, TokenEvent
 from raymoe.stream.book import RequestBook
 from raymoe.stream.frames import MAX_FRAME_BYTES, decode, encode
 from raymoe.stream.messages import (
@@ -37,17 +33,13 @@ from raymoe.stream.messages import (
     Submit,
     Tokens,
 )
+from raymoe.stream.outgoing import frames_of, kind_of
 from raymoe.stream.peer import GatewayPeer
 from raymoe.stream.sockets import listen_tcp, listen_unix, tune_tcp
 
 log = logging.getLogger(__name__)
 _READ_BYTES = 1 << 16
 _ACCEPTED_ROLES: tuple[Role, ...] = ("gateway",)
-_ERRORS_OF_KIND: dict[ErrorKind, tuple[type[Exception], ...]] = {
-    "overloaded": (Overloaded,),
-    "bad_request": (RequestError,),
-    "unavailable": (RouterUnavailable, ExpertsUnavailable),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +145,7 @@ class StreamServer:
         needs_thread = False
         for peer, own in self._book.route(events).items():
             peer.last_sent = time.monotonic()
-            frames, failed = _frames(own, self._load_for(peer))
+            frames, failed = frames_of(own, self._load_for(peer))
             for frame_of_step in frames:
                 needs_thread |= not peer.send(frame_of_step)
             if failed:  # the gateway has been told of their end
@@ -296,7 +288,7 @@ class StreamServer:
                 request_id=request.request_id,
                 finish="error",
                 error=str(error) or type(error).__name__,
-                error_kind=_kind_of(error),
+                error_kind=kind_of(error),
             )
             self.publish([refusal_of_engine])
 
@@ -372,26 +364,3 @@ class StreamServer:
             self._wake_out.send(b"w")
         except (BlockingIOError, OSError):  # it is awake already, or gone
             pass
-
-
-def _kind_of(error: Exception) -> ErrorKind | None:
-    """What the gateway makes of it; None for a failure that is nobody's but ours."""
-    for kind, errors in _ERRORS_OF_KIND.items():
-        if isinstance(error, errors):
-            return kind
-    return None
-
-
-def _frames(events: Sequence[TokenEvent], load: Load) -> tuple[list[bytes], list[str]]:
-    """One frame; more when the log probabilities of long prompts do not fit into one. And the
-    requests whose single event fits none: they end with an error."""
-    try:
-        return [encode(Tokens(events=tuple(events), load=load))], []
-    except FrameError as error:
-        if len(events) > 1:
-            half = len(events) // 2
-            first, second = _frames(events[:half], load), _frames(events[half:], load)
-            return first[0] + second[0], first[1] + second[1]
-        name = events[0].request_id
-        failed = TokenEvent(request_id=name, finish="error", error=str(error))
-        return [encode(Tokens(events=(failed,), load=load))], [name]
