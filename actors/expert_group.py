@@ -36,7 +36,12 @@ from raymoe.table import GroupEndpoint
 
 log = logging.getLogger("raymoe.expert_group")
 _STAGGER_S = 0.3
+_TURN_S = 5.0  # a load waits no longer for an earlier one that does not end
 _TRIM_BYTES = 128 << 20
+
+
+class _MakesWay(Exception):
+    """A load ends early, and nothing is wrong."""
 
 
 class ExpertGroup:
@@ -73,6 +78,9 @@ class ExpertGroup:
         self._ended = threading.Event()
         self._obeying = threading.Lock()  # nothing of an older term is done after a newer was told
         self._released = threading.Event()  # the call of `hold` that waits may return
+        self._bringing = threading.Lock()
+        self._make_way = threading.Event()  # a load that nobody waits for is to end
+        self._reading_since_s: float | None = None  # the checkpoint, one expert of it
         self._moved_bytes = 0  # since memory was given back
         self._node, address = _where()
         dtype = getattr(torch, spec.compute_dtype)
@@ -105,10 +113,12 @@ class ExpertGroup:
         {"samples": [(pairs, active experts, busy seconds)], "queued_pairs"}; and since it started
         "busy_s", the seconds it has computed, and "served_since", Unix time of the first message.
         What it holds now: "resident", bool [L, E] as `np.packbits` has it, and "resident_bytes".
+        "reading_s": for how long it has been reading one expert of the checkpoint.
         """
         self._obey(term)
-        shard = self._runtime.shard
+        shard, since_s = self._runtime.shard, self._reading_since_s
         return {
+            "reading_s": 0.0 if since_s is None else time.monotonic() - since_s,
             "resident": np.packbits(shard.resident()),
             "resident_bytes": shard.resident_bytes,
             "samples": self._runtime.take_samples(),
@@ -144,32 +154,68 @@ class ExpertGroup:
     ) -> dict[str, Any]:
         """Replicas (layer, expert) from another group's memory, or from the checkpoint when
         `source` is None. What fails leaves nothing behind and does not stop the rest, unless the
-        source is gone. Ends when a newer controller has come, before the next replica.
+        source is gone. Ends when a newer controller has come, before the next replica. With a
+        limit nobody waits for it: `make_way` ends it, also in the middle of a copy that rests.
 
-        {"resident_bytes": then resident, "failed": [(layer, expert, why)]}
+        {"resident_bytes": then resident, "failed": [(layer, expert, why)], "left": [(layer,
+        expert)] that were not tried}
         """
         self._obey(term)
+        if not self._bringing.acquire(timeout=_TURN_S):
+            raise ConfigError("an earlier load has not ended: what it reads from does not answer")
+        try:
+            if not self._ended.is_set():
+                self._make_way.clear()
+            return self._bring(pairs, source, limit_bytes_per_s, term)
+        finally:
+            self._bringing.release()
+
+    def _bring(
+        self,
+        pairs: list[tuple[int, int]],
+        source: dict[str, Any] | None,
+        limit_bytes_per_s: float | None,
+        term: int,
+    ) -> dict[str, Any]:
         endpoint = None if source is None else GroupEndpoint.from_dict(source)
         if limit_bytes_per_s is not None:
             # groups that are asked at once would all lay experts out at the same moments
             first = self._runtime.spec.expert_bytes[pairs[0][0]] if pairs else 0
-            self._ended.wait(random.random() * min(first / limit_bytes_per_s, _STAGGER_S))
+            self._make_way.wait(random.random() * min(first / limit_bytes_per_s, _STAGGER_S))
         failed: list[tuple[int, int, str]] = []
+        left: list[tuple[int, int]] = []
         lost, before = "", self._runtime.shard.resident_bytes
-        for layer, expert in pairs:
+        for at, (layer, expert) in enumerate(pairs):
             try:
                 self._obey(term)
+                if limit_bytes_per_s is not None:
+                    self._rest(0.0)
                 if lost:
                     raise PeerLost("the group it is copied from", lost)
                 self._bring_one(layer, expert, endpoint, limit_bytes_per_s)
+            except _MakesWay:
+                left = pairs[at:]
+                break
             except Exception as e:  # the controller decides what becomes of it
                 failed.append((layer, expert, str(e)))
                 lost = str(e) if isinstance(e, LinkError) else ""
         close_files()  # their pages would count as this process's memory
         self._let_go(before)
         origin = "the checkpoint" if endpoint is None else endpoint.id
-        log.info("%d of %d replicas brought from %s", len(pairs) - len(failed), len(pairs), origin)
-        return {"resident_bytes": self._runtime.shard.resident_bytes, "failed": failed}
+        brought = len(pairs) - len(failed) - len(left)
+        log.info("%d of %d replicas brought from %s", brought, len(pairs), origin)
+        resident_bytes = self._runtime.shard.resident_bytes
+        return {"resident_bytes": resident_bytes, "failed": failed, "left": left}
+
+    def make_way(self, term: int) -> None:
+        """Something that requests wait for is to be loaded: a load with a limit ends."""
+        self._obey(term)
+        self._make_way.set()
+
+    def _rest(self, seconds: float) -> None:
+        """Between the parts of a load that nobody waits for."""
+        if self._make_way.wait(seconds):
+            raise _MakesWay
 
     def _bring_one(
         self, layer: int, expert: int, source: GroupEndpoint | None, limit: float | None
@@ -186,15 +232,21 @@ class ExpertGroup:
         if source is None:  # a peer's bytes were counted as they came
             loaded = shard.resident_bytes - before
             rest_s = max(rest_s, loaded / limit - (time.monotonic() - started_s))
-        self._ended.wait(max(rest_s, 0.0))
+        self._make_way.wait(max(rest_s, 0.0))
 
     def _add(
         self, layer: int, expert: int, source: GroupEndpoint | None, limit: float | None
     ) -> None:
         if source is not None:
-            self._runtime.add_from_peer(layer, expert, source, limit_bytes_per_s=limit)
-        else:
+            self._runtime.add_from_peer(
+                layer, expert, source, limit_bytes_per_s=limit, wait=self._rest
+            )
+            return
+        self._reading_since_s = time.monotonic()
+        try:
             self._runtime.add_from_checkpoint(layer, expert)
+        finally:
+            self._reading_since_s = None
 
     def drop(self, pairs: list[tuple[int, int]], term: int) -> dict[str, Any]:
         """Frees replicas: {"resident_bytes": then resident, "failed": []}."""
@@ -241,6 +293,7 @@ class ExpertGroup:
             raise ConfigError(f"a controller of term {self._term} is in charge, not {term}")
         if term > self._term:
             self._term = term
+            self._make_way.set()
         self._lease.renew()
 
     def close(self) -> None:
@@ -249,6 +302,7 @@ class ExpertGroup:
         self._runtime.close()
         self._ended.set()
         self._released.set()
+        self._make_way.set()
 
 
 def server_config(config: DeploymentConfig, node_address: str) -> ServerConfig:

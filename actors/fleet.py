@@ -66,6 +66,7 @@ class LiveGroup:
     given_up: bool = False  # away for too long: no part of the fleet until it is up again
     retry_at_s: float | None = None  # when the next life is to start
     bringing: bool = False  # loads are under way
+    reading_s: float = 0.0  # for how long it has been reading one expert of the checkpoint
     dropping: bool = False  # drops are under way
     asked: int = 0  # grows with every load or drop that begins or ends
     pinged: bool = False  # a ping is under way

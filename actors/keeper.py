@@ -248,6 +248,7 @@ class GroupKeeper:
         group.resident[:] = False
         group.loading[:] = False
         group.resident_bytes = group.queued_pairs = 0
+        group.reading_s = 0.0
         group.busy, group.worked, group.served_since = 0.0, None, None
         group.silent_s, group.stage = 0.0, PENDING
         group.samples.clear()
@@ -347,6 +348,7 @@ class GroupKeeper:
                     group.pinged, group.silent_s = False, 0.0  # a refusal is an answer, too
                     if error is None:
                         group.queued_pairs = answer["queued_pairs"]
+                        group.reading_s = answer["reading_s"]
                         group.has_worked(answer["busy_s"], self._clock())
                         group.served_since = answer["served_since"]
                         group.samples += answer["samples"]

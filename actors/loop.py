@@ -70,9 +70,9 @@ class ControlLoop:
         self.keeper = GroupKeeper(config, spec, self.term, self.lock, cluster, clock)
         self.groups = self.keeper.groups
         self.wanted = Wanted(config, spec, memory, self.keeper, self._changed)
-        hands = Hands(self.groups, cluster.calls, self.lock, self.term, self._changed)
+        self._hands = Hands(self.groups, cluster.calls, self.lock, self.term, self._changed)
         self.executor = Executor(
-            hands,
+            self._hands,
             self.mind.converger,
             clock,
             limit_bytes_per_s=config.placement.copy_bytes_per_s,
@@ -112,6 +112,7 @@ class ControlLoop:
             self._seen, self._stepped_s = self.keeper.changes, now
             self.traffic.add(self._control.take_reports(), now)
             self._take_samples(now)
+            self._hands.end_stuck()
             self._try(self.wanted.end_what_never_came)
             if self._may_place(now):
                 self._step(now)
@@ -137,6 +138,7 @@ class ControlLoop:
             return
         self._placed = True
         self.executor.execute(actions, snapshot)
+        self._make_way(snapshot)
         self.history.follow(self.mind)
         for action in actions:
             if isinstance(action, Retire):
@@ -187,6 +189,16 @@ class ControlLoop:
             intent=self.wanted.intent,
             nodes_leaving=self._nodes_leaving,
         )
+
+    def _make_way(self, snapshot: Snapshot) -> None:
+        """What nobody serves comes into its new group as fast as it goes, and at once."""
+        target = self.mind.target
+        if target is None:
+            return
+        wanted = target.resident & ~snapshot.ready.any(2, keepdims=True)
+        for g in np.flatnonzero(wanted.any((0, 1))):
+            if snapshot.fleet.ids[g] in self.groups:
+                self._hands.make_way(snapshot.fleet.ids[g])
 
     def _tell_ready(self, snapshot: Snapshot) -> None:
         """A group that has come so far as to hold all that is planned for it is ready; what fails

@@ -67,6 +67,9 @@ class Process:
         self.gentle = False
         self.slow_loads = False  # loads wait until this is over
         self.trickle = False  # one replica an answer
+        self.reading_s = 0.0  # the checkpoint does not answer
+        self.rests = False  # loads with a limit take for ever
+        self._way = False  # ... but when they are to make way
         self.memory_bytes: int = arguments["memory_bytes"]
         self.broken_sources: set[str] = set()
         self.bad_disk = False  # nothing can be read from the checkpoint
@@ -105,6 +108,14 @@ class Process:
         for method, arguments, ref in queue:
             if method == "bring" and self.slow_loads:
                 self._queue.append((method, arguments, ref))
+                continue
+            if method == "bring" and self.rests and arguments[2] is not None:
+                if self._way:
+                    left = {"resident_bytes": self._bytes(), "failed": [], "left": arguments[0]}
+                    ref.end(left)
+                else:
+                    self._queue.append((method, arguments, ref))
+                self._way = False
                 continue
             try:
                 if method == "hold":
@@ -170,6 +181,7 @@ class Process:
             "queued_pairs": 0,
             "busy_s": self.busy_s,
             "served_since": None,
+            "reading_s": self.reading_s,
             "resident": np.packbits(self.resident),
             "resident_bytes": self._bytes(),
         }
@@ -201,11 +213,15 @@ class Process:
             self.resident[layer, expert] = False
         return {"resident_bytes": self._bytes(), "failed": []}
 
+    def _do_make_way(self, term: int) -> None:
+        self._obey(term)
+        self._way = True
+
     def _do_close(self) -> None:
         return None
 
 
-_METHODS = {"hold", "describe", "ping", "bring", "drop", "close"}
+_METHODS = {"hold", "describe", "ping", "bring", "make_way", "drop", "close"}
 
 
 class _Method:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +157,76 @@ def test_only_the_newest_call_of_hold_waits(groups: list[ExpertGroup]) -> None:
     group.close()
     threads[-1].join(60)
     assert answers[-1] is True
+
+
+class InThread:
+    """Work that is under way; `answer` waits for what it returns."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self._answers: list[Any] = []
+        self._thread = threading.Thread(target=lambda: self._answers.append(work()), daemon=True)
+        self._thread.start()
+
+    def ended(self, wait_s: float) -> bool:
+        self._thread.join(wait_s)
+        return bool(self._answers)
+
+    def answer(self) -> Any:
+        assert self.ended(60), "it goes on for ever"
+        return self._answers[0]
+
+
+@pytest.mark.parametrize("from_peer", [False, True])
+def test_a_load_that_nobody_waits_for_makes_way(groups: list[ExpertGroup], from_peer: bool) -> None:
+    group, other = groups
+    every = [(0, 0), (0, 1), (1, 2)]
+    load(other, every)
+    source = other.describe(1)["endpoint"] if from_peer else None
+    under_way = InThread(lambda: group.bring(every, source, 1.0, 1))  # days
+    assert not under_way.ended(0.3)
+    while not under_way.ended(0.01):
+        group.make_way(1)
+    told = under_way.answer()
+    assert told["failed"] == [] and len(told["left"]) >= 2, "of its first replica, or after it"
+    left = told["left"]
+    assert np.array(group.describe(1)["resident"]).sum() == 3 - len(left)
+    assert group.bring(left, source, None, 1)["left"] == []
+    assert np.array(group.describe(1)["resident"]).sum() == 3
+
+
+def test_a_newer_controller_does_not_wait_for_a_load_of_the_older(
+    groups: list[ExpertGroup],
+) -> None:
+    group = groups[0]
+    old = InThread(lambda: group.bring([(0, 0), (0, 1)], None, 1.0, 1))
+    while not group._bringing.locked():
+        time.sleep(0.01)
+    group.describe(2)
+    assert group.bring([(1, 1)], None, None, 2)["failed"] == []
+    assert len(old.answer()["left"] + old.answer()["failed"]) >= 1
+
+
+def test_a_load_that_hangs_is_told_of_and_keeps_no_second_thread(
+    groups: list[ExpertGroup], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group, gate = groups[0], threading.Event()
+    add = group._runtime.add_from_checkpoint
+
+    def hang(layer: int, expert: int) -> None:
+        assert gate.wait(60)
+        add(layer, expert)
+
+    monkeypatch.setattr(group._runtime, "add_from_checkpoint", hang)
+    monkeypatch.setattr("actors.expert_group._TURN_S", 0.05)
+    assert group.ping(1)["reading_s"] == 0.0
+    under_way = InThread(lambda: load(group, [(0, 0)]))
+    while not group.ping(1)["reading_s"] > 0.05:
+        time.sleep(0.01)
+    with pytest.raises(ConfigError, match="does not answer"):
+        load(group, [(0, 1)])
+    gate.set()
+    assert under_way.answer() > 0 and group.ping(1)["reading_s"] == 0.0
+    load(group, [(0, 1)])
 
 
 def test_a_load_and_a_drop_end_when_a_newer_controller_comes(

@@ -443,6 +443,37 @@ def test_a_frozen_group_is_replaced(tmp_path: Path) -> None:
     assert w.cluster.of("g0").incarnation > life and w.served()
 
 
+def test_copies_that_nobody_waits_for_make_way_when_requests_wait(tmp_path: Path) -> None:
+    w = world(tmp_path, groups=3, restore_s=0.5)
+    w.turns()
+    for group_id in ("g0", "g2"):
+        w.cluster.of(group_id).rests = True
+    drain(w, "g1")
+    w.turns(100)
+    assert w.states()["g1"] == "draining" and w.served()
+    w.cluster.of("g1").die()
+    w.turns(20)
+    assert w.served(), "loaded as fast as it goes"
+    assert w.loop.executor.stats.failed == 0, "to make way is no failure"
+
+
+def test_a_load_from_a_checkpoint_that_hangs_holds_nothing_up_for_ever(tmp_path: Path) -> None:
+    w = world(tmp_path, groups=3, slots=7, restore_s=0.5, live=False)
+    w.turns()
+    w.cluster.full = True
+    hung = w.cluster.of("g0")
+    hung.slow_loads, hung.reading_s = True, 100.0
+    w.cluster.of("g1").die()
+    w.turns(40)
+    assert w.loop.groups["g0"].bringing and not w.served(), "it may still come"
+    hung.reading_s = 130.0
+    w.turns(4)
+    assert w.loop.executor.stats.failed > 0 and "was not read" in w.loop.groups["g0"].last_error
+    hung.slow_loads, hung.reading_s = False, 0.0
+    w.turns(100)
+    assert w.served() and (w.loop.groups["g0"].resident == hung.resident).all()
+
+
 def test_a_group_that_hangs_in_its_start_is_replaced(tmp_path: Path) -> None:
     w = world(tmp_path, load_timeout_s=60)
     w.turns()
