@@ -235,12 +235,16 @@ class ControlLoop:
 
     @property
     def problem(self) -> str:
-        """Why some experts cannot be served, and what to do; "" when all can, or will be soon."""
-        if self.failed or self.complete() or not self.mind.missing:
+        """Why some experts cannot be served, or a drain does not end, and what to do; "" when all
+        is well, or will be soon."""
+        missing = self.mind.missing
+        emptied = ", ".join(g.id for g in self.groups.values() if g.up and g.draining)
+        if self.failed or not missing or (self.complete() and not emptied):
             return self.failed or ""
         failing = self.mind.converger.failing
         errors = [f"{g.id}: {g.last_error}" for g in self.groups.values() if failing.troubled(g.id)]
-        return self.mind.missing + (f" ({'; '.join(errors)})" if errors else "")
+        waits = f"the drain of {emptied} waits: " if self.complete() else ""
+        return waits + missing + (f" ({'; '.join(errors)})" if errors else "")
 
     def _all_served(self) -> bool:
         served = np.logical_or.reduce([g.resident for g in self.groups.values()])

@@ -44,7 +44,10 @@ class Wanted:
 
     def ask(self, change: Callable[[Intent], Intent]) -> Intent:
         """What an operator asks for. Raises ConfigError, or PlacementError (with the bytes) when
-        one of each expert does not fit the groups that would stay; then nothing has changed."""
+        one of each expert does not fit the groups that would stay; then nothing has changed.
+
+        Groups that are lost or pending count: they are expected. What needs them waits until they
+        are there, and `ControlLoop.problem` says so."""
         intent = change(self.intent)
         budget = memory_bytes(self._config, self._spec)
         staying = tuple(

@@ -252,6 +252,34 @@ def test_too_small_a_rest_is_refused_with_the_bytes(tmp_path: Path) -> None:
     assert not w.loop.wanted.intent.draining
 
 
+def test_a_drain_that_needs_a_group_that_is_not_there_says_what_it_waits_for(
+    tmp_path: Path,
+) -> None:
+    w = world(tmp_path, groups=3, slots=4, return_s=5)
+    w.turns()
+    w.cluster.full = True
+    w.cluster.of("g2").die()
+    w.turns(40)
+    assert w.served() and not w.loop.problem
+    drain(w, "g1")
+    w.turns(40)
+    size = max(w.spec.expert_bytes)
+    assert w.states()["g1"] == "draining" and w.served() and w.loop.complete()
+    assert w.loop.problem.startswith("the drain of g1 waits: ")
+    assert f"{3 * size} bytes are missing" in w.loop.problem
+    drain(w, "g1", undo=True)
+    w.turns(8)
+    assert not w.loop.problem
+    drain(w, "g1")
+    w.turns(8)
+    assert w.loop.problem
+    w.cluster.full = False
+    w.cluster.of("g2").placed = True
+    w.turns(60)
+    assert w.states() == {"g0": "ready", "g1": "drained", "g2": "ready"}
+    assert w.served() and not w.loop.problem
+
+
 def test_drain_ends_the_group_and_undo_brings_it_back(tmp_path: Path) -> None:
     w = world(tmp_path)
     w.turns()
