@@ -42,12 +42,13 @@ def _checked(data: bytearray, model: type[Model]) -> Model:
 
 def _checked_parts(data: bytearray, model: type[Model]) -> Model:
     if _signs(data) > MAX_PARTS and _has_too_many_parts(data):  # most texts have few such signs
-        raise ApiError(
-            413,
-            f"The body has more than {MAX_PARTS} objects, arrays and members of objects.",
-            code="body_too_large",
-        )
+        raise too_many_parts()
     return _checked(data, model)
+
+
+def too_many_parts() -> ApiError:
+    said = f"The body has more than {MAX_PARTS} objects, arrays and members of objects."
+    return ApiError(413, said, code="body_too_large")
 
 
 def _has_too_many_parts(data: bytearray) -> bool:

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from raymoe.errors import RaymoeError
 from raymoe.gateway.answer import Answer
+from raymoe.gateway.bodies import MAX_PARTS, too_many_parts
 from raymoe.gateway.errors import ApiError, api_error, validation_error
 from raymoe.gateway.prompts import (
     Prompt,
@@ -126,6 +127,8 @@ def _body(request: Any) -> ChatBody | CompletionBody:
             sampling[name] = int(sampling[name])
     kind = request.WhichOneof("prompt")
     if kind == "chat":
+        if 3 * len(request.chat.messages) > MAX_PARTS:  # each has two fields
+            raise too_many_parts()
         messages = [{"role": m.role, "content": m.content} for m in request.chat.messages]
         return ChatBody.model_validate({**sampling, "messages": messages})
     if kind is None:

@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from raymoe.errors import ConfigError, RouterUnavailable
 from raymoe.gateway import AppConfig, create_app
+from raymoe.gateway.bodies import MAX_PARTS
 from raymoe.rpc import raymoe_pb2 as pb
 from raymoe.rpc.raymoe_pb2_grpc import GenerationStub, PlacementStub
 from raymoe.rpc.server import RpcServer
@@ -282,3 +283,19 @@ def test_the_generated_code_is_of_this_proto() -> None:
         for service in made.service
         for m in service.method
     }
+
+
+def test_very_many_messages_are_refused_as_over_http() -> None:
+    async def main() -> None:
+        router = FakeRouter(words)
+        with routers_of(router):
+            async with served([router]) as (channel, _):
+                messages = [pb.Message(role="user", content="a")] * (MAX_PARTS // 3 + 1)
+                chat = pb.GenerateRequest(chat=pb.Chat(messages=messages))
+                with pytest.raises(grpc.aio.AioRpcError) as found:
+                    await GenerationStub(channel).Generate(chat)
+                assert found.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+                assert "65536 objects" in str(found.value.details())
+        assert not router.seen
+
+    run(main)
