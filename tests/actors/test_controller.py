@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import pytest
 from actors import controller as module
 from actors.controller import PlacementController
 from actors.ray_metrics import RayMetrics
+from raymoe.client.stats import ClientStats
 from raymoe.config import load_config
+from raymoe.engine.stats import EngineStats
 from tests.actors.fake_cluster import FakeCalls, FakeCluster, FakeMemory
 from tests.group.small_model import write_checkpoint
 
@@ -115,3 +118,18 @@ def test_what_a_controller_answers(
     until(lambda: any(line.get("event") == "group" for line in lines()))
     assert all(line["process"] == "controller" and line["term"] == 1 for line in lines())
     assert lines()[-1]["epoch"] >= 1
+
+
+def test_a_router_is_listed_from_its_first_beat_to_its_last(
+    running: tuple[PlacementController, dict[str, float], Path],
+) -> None:
+    controller, _, _ = running
+    totals = {**asdict(EngineStats()), **asdict(ClientStats())}
+    profile = {**totals, "kv_used_blocks": 0, "kv_blocks": 1}
+    beat = {"id": "r0", "pid": 1, "node": "n", "endpoint": {}, "profile": profile}
+    controller.router_beat({**beat, "state": "ready"})
+    controller.router_beat({**beat, "id": "r1", "state": "ready"})
+    controller.router_beat({**beat, "state": "draining"})
+    assert {r["id"]: r["state"] for r in controller.routers()} == {"r0": "draining", "r1": "ready"}
+    controller.router_beat({"id": "r0", "state": "gone"})
+    assert [r["id"] for r in controller.routers()] == ["r1"]
