@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from types import TracebackType
 
 from tests.e2e.traffic import Answer, Client, Judge
@@ -23,6 +24,8 @@ class Streams:
         self.expected = [self._client.answer(prompt, tokens) for prompt in prompts]
         self._stop = threading.Event()
         self._lock = threading.Lock()
+        self.among: Sequence[int] = range(len(prompts))
+        """Which prompts are asked for; may be changed while it runs."""
         self.asked = 0
         self.different: list[tuple[str, Answer]] = []
         self.failures: list[Exception] = []
@@ -63,7 +66,8 @@ class Streams:
     def _run(self, thread: int) -> None:
         at = thread
         while not self._stop.is_set() and not self.failures:
-            number = at % len(self._prompts)
+            among = self.among
+            number = among[at % len(among)]
             at += 1
             try:
                 answer = self._client.answer(self._prompts[number], self._tokens)

@@ -130,9 +130,12 @@ def test_a_sampled_token_at_the_edge_of_its_interval_is_a_near_tie() -> None:
     top = {1: math.log(point - 1e-6), 2: math.log(1 - point + 1e-6)}
     drawing = Drawing(temperature=1.0, seed=3)
     for told, said in ((1, 2), (2, 1), (1, 1)):
-        assert near_ties(PROMPT, [said], lambda _i, _n, t=told: [Step(t, top)], drawing) == (
-            told != said
-        )
+        quiet_one = [Step(told, top)]
+
+        def again(_ids: tuple[int, ...], _n: int, one: list[Step] = quiet_one) -> list[Step]:
+            return one
+
+        assert near_ties(PROMPT, [said], again, drawing) == (told != said)
     top = {1: math.log(point - 0.01), 2: math.log(1 - point + 0.01)}
     with pytest.raises(AssertionError, match="no near tie"):
         near_ties(PROMPT, [1], lambda _ids, _n: [Step(2, top)], drawing)

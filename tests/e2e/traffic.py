@@ -70,6 +70,10 @@ class Client:
         assert not texts or len(texts) == tokens
         return Answer("".join(text), tuple(texts), tuple(tops))
 
+    def close(self) -> None:
+        """Its connections, and those of clients made from it."""
+        self._client.close()
+
     def with_tokens(self) -> Client:
         """One whose answers can be judged."""
         other = copy.copy(self)
