@@ -128,5 +128,17 @@ def snapshot_of(
         starting=starting,
         pending=pending,
         busy=max((group.busy for group in groups if group.up and not group.draining), default=0.0),
+        used=_used(fleet, groups),
         queue_s=queue_s,
     )
+
+
+def _used(fleet: Fleet, groups: Iterable[LiveGroup]) -> float:
+    """What part of all that the groups with experts could do they do."""
+    shares = [
+        (float(rate), group.busy)
+        for rate, group in zip(fleet.pair_rate, groups, strict=True)
+        if group.up and not group.draining and group.resident.any()
+    ]
+    total = sum(rate for rate, _ in shares)
+    return sum(rate * busy for rate, busy in shares) / total if shares else 0.0

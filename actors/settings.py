@@ -12,6 +12,7 @@ from raymoe.config import DeploymentConfig
 _CALL_BYTES = 256 << 20  # a group is asked for about so much at a time
 _CALL_S = 2.0  # ... and for no more than copies may bring in so long
 _MOST_LOADS = 32
+_PLANS = 3
 
 
 def reconcile_config(config: DeploymentConfig, spec: ModelSpec) -> ReconcileConfig:
@@ -44,6 +45,7 @@ def autoscaler(config: DeploymentConfig, spec: ModelSpec) -> Autoscaler | None:
         Kind(
             name=kind.kind,
             speed=1.0 / kind.slowdown,
+            price=kind.price,
             memory_bytes=budget[kind.kind],
             least=kind.min_count,
             most=kind.max_count or 1_000,
@@ -56,6 +58,8 @@ def autoscaler(config: DeploymentConfig, spec: ModelSpec) -> Autoscaler | None:
             high=wanted.high,
             low=wanted.low,
             up_after_s=wanted.up_after_s,
+            # by then plans had several times the chance to even things out
+            uneven_s=_PLANS * max(wanted.up_after_s, config.placement.plan_interval_s),
             down_after_s=wanted.down_after_s,
             cool_down_s=wanted.cool_down_s,
             least=max(1, sum(kind.min_count for kind in config.groups)),

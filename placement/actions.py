@@ -30,6 +30,7 @@ class Snapshot:
     starting   groups asked for that do not live yet
     pending    ids of those of `starting` for which there is no place now
     busy       part of its time, 0..1, that the busiest group computes; None: not measured
+    used       part, 0..1, of what all groups that serve could do that they do; None: not measured
     queue_s    how long dispatches wait in the groups (say the 95th percentile); 0: not measured
     """
 
@@ -48,6 +49,7 @@ class Snapshot:
     starting: tuple[GroupSpec, ...] = ()
     pending: frozenset[str] = frozenset()
     busy: float | None = None
+    used: float | None = None
     queue_s: float = 0.0
 
     def __post_init__(self) -> None:

@@ -1,10 +1,13 @@
 """How many groups of which kind: a target with patience; and whom to retire at what cost.
 
-How busy the groups are is measured (the part of its time the busiest one computes) or, where
-nothing is (a simulation), estimated: pairs/s of all layers over pairs/s of all groups, divided by
-the balancedness the placement reaches. A utilisation target keeps that under `target`;
-a latency objective adds groups when the groups' queueing exceeds it. Scaling in must leave a fleet
-that still holds one replica of each expert and survives what it must.
+How busy the groups are is measured or, where nothing is (a simulation), estimated: pairs/s of all
+layers over pairs/s of all groups, divided by the balancedness the placement reaches. Groups are
+added by what part of all that the groups could do they do: one group that is slow, or has more than
+its part, calls for a better placement, which is on its way. Only when the busiest stays so for long
+a group is added for it, and no second one unless the first has helped. They are retired by how busy
+the busiest is: to retire one would not help it. A latency objective adds groups when the groups'
+queueing exceeds it. Scaling in must leave a fleet that still holds one replica of each expert and
+survives what it must. Kinds are chosen by their speed as it was measured, for their price.
 """
 
 from __future__ import annotations
@@ -18,10 +21,16 @@ from placement.errors import PlacementError
 from placement.survive import shortfall
 from placement.types import Bools, Fleet, Floats, GroupSpec, Placement, check_load
 
+_HELPED = 0.9  # a group added for the busiest has helped when that has fallen below this part
+_ONE_MORE = 1.0 + 1e-6  # by how much the rate is to grow when one group is wanted, of any size
+
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """A kind of group that can be had."""
+    """A kind of group that can be had.
+
+    speed  relative to the fleet's `tokens_per_s`, for as long as none was measured
+    """
 
     name: str
     speed: float
@@ -46,6 +55,7 @@ class ScaleConfig:
 
     target        utilisation to aim at; above `high` for `up_after_s` grows, below `low` for
                   `down_after_s` shrinks
+    uneven_s      the busiest group alone above `high` for so long: one more group
     queue_s       latency objective: the seconds a dispatch may wait in a group; None: none
     cool_down_s   least time between two decisions
     """
@@ -55,6 +65,7 @@ class ScaleConfig:
     low: float = 0.4
     queue_s: float | None = None
     up_after_s: float = 10.0
+    uneven_s: float = 60.0
     down_after_s: float = 120.0
     cool_down_s: float = 60.0
     least: int = 1
@@ -86,7 +97,22 @@ class Autoscaler:
         self.config, self.kinds = config, kinds
         self._high_since: float | None = None
         self._low_since: float | None = None
+        self._uneven_since: float | None = None
+        self._uneven_busy = math.inf  # the busiest when one was last added for it
+        self._rates: dict[str, float] = {}  # pairs/s of a group of a kind, as last measured
         self._acted_s = -math.inf
+
+    def learn(self, fleet: Fleet, away: frozenset[str] = frozenset()) -> None:
+        """How fast groups of each kind are: the median of those that are there."""
+        for kind in self.kinds:
+            of_kind = [g.kind == kind.name and g.id not in away for g in fleet.groups]
+            if any(of_kind):
+                self._rates[kind.name] = float(np.median(fleet.pair_rate[of_kind]))
+
+    def speed_of(self, kind: Kind, fleet: Fleet) -> float:
+        """As measured, also when none is there any more; as declared when none ever was."""
+        rate = self._rates.get(kind.name)
+        return kind.speed if rate is None else rate / fleet.tokens_per_s
 
     def step(
         self,
@@ -99,12 +125,14 @@ class Autoscaler:
         queue_s: float = 0.0,
         draining: frozenset[str] = frozenset(),
         measured: float | None = None,
+        used: float | None = None,
         coming: frozenset[str] = frozenset(),
         pending: frozenset[str] = frozenset(),
     ) -> Decision:
         """load float64 [L, E] pairs/s; queue_s: the waiting time observed (say its p95).
 
         measured  part of its time, 0..1, that the busiest group computes; None: to be estimated
+        used      part, 0..1, of what the serving groups could do that they do; None: as `measured`
         coming    ids that do not serve yet: they count as capacity when groups are to be added,
                   and nothing is retired until they have come and `down_after_s` has passed
         pending   those of `coming` that get no place: not waited for, and the first to go
@@ -116,24 +144,36 @@ class Autoscaler:
         alive = np.array([g not in draining for g in fleet.ids])
         rate = float(fleet.pair_rate[alive].sum())
         if measured is None:
-            busy = float(load.sum()) / max(rate * max(balancedness, 0.05), 1e-300)
+            busy = used = float(load.sum()) / max(rate * max(balancedness, 0.05), 1e-300)
         else:  # what the serving groups do, once those that come take their part of it
             serving = alive & np.array([g not in coming for g in fleet.ids])
-            busy = measured * float(fleet.pair_rate[serving].sum()) / max(rate, 1e-300)
+            part = float(fleet.pair_rate[serving].sum()) / max(rate, 1e-300)
+            busy, used = measured * part, (measured if used is None else used) * part
         late = config.queue_s is not None and queue_s > config.queue_s
         missing, _ = shortfall(fleet, fleet.present(load.shape[1]), alive)
-        self._high_since = self._since(self._high_since, busy > config.high or late, now)
+        self._high_since = self._since(self._high_since, used > config.high or late, now)
+        uneven = busy > config.high >= used
+        self._uneven_since = self._since(self._uneven_since, uneven, now)
+        if busy < config.target:
+            self._uneven_busy = math.inf
         living = {g for g, lives in zip(fleet.ids, alive, strict=True) if lives}
         relaxed = busy < config.low and not late and not living & (coming - pending)
         self._low_since = self._since(self._low_since, relaxed, now)
         if missing:
-            return self._grow(fleet, alive, busy, max(busy, 1e-9), now, f"{missing} bytes missing")
+            return self._grow(fleet, alive, used, max(used, 1e-9), now, f"{missing} bytes missing")
         if now - self._acted_s < config.cool_down_s:
             return Decision(utilisation=busy, why="cooling down")
         if self._high_since is not None and now - self._high_since >= config.up_after_s:
-            factor = max(busy / config.target, 1.25 if late else 1.0)
+            factor = max(used / config.target, 1.25 if late else 1.0)
             why = f"queueing {queue_s:.3g} s > {config.queue_s:.3g} s" if late else "busy"
-            return self._grow(fleet, alive, busy, factor, now, why)
+            return self._grow(fleet, alive, used, factor, now, why)
+        if self._uneven_since is not None and now - self._uneven_since >= config.uneven_s:
+            self._uneven_since = None
+            if busy > _HELPED * self._uneven_busy:
+                return Decision(utilisation=used, why="uneven, and another group did not help")
+            self._uneven_busy = busy
+            why = f"the busiest group stays at {busy:.2f}"
+            return self._grow(fleet, alive, used, _ONE_MORE, now, why)
         if self._low_since is not None and now - self._low_since >= config.down_after_s:
             return self._shrink(fleet, load, placement, alive, busy, now, pending)
         return Decision(utilisation=busy, why="within the band")
@@ -154,7 +194,8 @@ class Autoscaler:
         running = {k.name: sum(g.kind == k.name for g in fleet.groups) for k in self.kinds}
         add: dict[str, int] = {}
         grown = fleet
-        ranked = sorted(self.kinds, key=lambda k: (-k.speed / k.price, k.name))
+        speed = {k.name: self.speed_of(k, fleet) for k in self.kinds}
+        ranked = sorted(self.kinds, key=lambda k: (-speed[k.name] / k.price, k.name))
         while room > 0:
             mask = np.concatenate([alive, np.ones(len(grown.groups) - len(alive), np.bool_)])
             experts = None if fleet.experts_of_layer else 1
@@ -167,7 +208,7 @@ class Autoscaler:
                 break
             add[kind.name] = add.get(kind.name, 0) + 1
             running[kind.name] += 1
-            rate += kind.speed * fleet.tokens_per_s
+            rate += speed[kind.name] * fleet.tokens_per_s
             room -= 1
             more = group_of(kind, f"new-{kind.name}-{len(grown.groups)}")
             grown = replace(grown, groups=(*grown.groups, more))

@@ -32,7 +32,9 @@ class Elastic:
         known = {*snapshot.fleet.ids, *(g.id for g in snapshot.starting)}
         self._spawns = {i: s for i, s in self._spawns.items() if i not in known}
         self._drains = {i: d for i, d in self._drains.items() if i in known - snapshot.draining}
-        coming = [*snapshot.starting, *(self._spec(s) for s in self._spawns.values())]
+        self.autoscaler.learn(snapshot.fleet, snapshot.away)
+        asked = (self._spec(s) for s in self._spawns.values())
+        coming = [self._as_measured(g, snapshot.fleet) for g in (*snapshot.starting, *asked)]
         fleet = replace(snapshot.fleet, groups=(*snapshot.fleet.groups, *coming))
         measured = snapshot.busy is not None
         decision = self.autoscaler.step(
@@ -44,6 +46,7 @@ class Elastic:
             queue_s=snapshot.queue_s,
             draining=snapshot.draining | set(self._drains),
             measured=snapshot.busy,
+            used=snapshot.used,
             coming=frozenset(g.id for g in coming) | _empty(snapshot, target),
             pending=snapshot.pending,
         )
@@ -63,6 +66,13 @@ class Elastic:
             number += 1
         self._numbers[kind] = number
         return f"{kind}-{number}"
+
+    def _as_measured(self, group: GroupSpec, fleet: Fleet) -> GroupSpec:
+        """A group that is on its way, as fast as others of its kind."""
+        kind = self._kinds.get(group.kind)
+        return (
+            group if kind is None else replace(group, speed=self.autoscaler.speed_of(kind, fleet))
+        )
 
     def _spec(self, spawn: Spawn) -> GroupSpec:
         return group_of(self._kinds[spawn.kind], spawn.group)

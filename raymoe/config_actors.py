@@ -27,6 +27,12 @@ class GroupsConfig(Checked):
     max_count: int | None = Field(
         None, ge=1, le=4096, description="scaling never makes more groups of this kind"
     )
+    price: float = Field(
+        1.0,
+        gt=0,
+        description="what a group of this kind costs, in any unit: autoscaling adds the kind that "
+        "is fastest for its price, as measured",
+    )
     memory_bytes: int | None = Field(
         None, gt=0, description="expert bytes a group may hold; none: its share of the model + 25 %"
     )

@@ -14,8 +14,12 @@ class AutoscaleConfig(Checked):
 
     enabled: bool = Field(False, description="add and retire groups as the load changes")
     target: float = Field(0.6, gt=0, lt=1, description="part of the groups' time in use to aim at")
-    high: float = Field(0.8, gt=0, lt=1, description="groups busier than this: add some")
-    low: float = Field(0.4, gt=0, lt=1, description="groups less busy than this: retire one")
+    high: float = Field(
+        0.8, gt=0, lt=1, description="all groups together busier than this: add some"
+    )
+    low: float = Field(
+        0.4, gt=0, lt=1, description="the busiest group less busy than this: retire one"
+    )
     up_after_s: float = Field(10.0, ge=0, description="busy for so long before groups are added")
     down_after_s: float = Field(
         120.0, ge=0, description="little to do for so long before a group is retired"

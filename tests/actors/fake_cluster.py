@@ -76,6 +76,8 @@ class Process:
         self.term = 0
         self._held: Ref | None = None
         self.busy_s = 0.0
+        self.slow = 1.0  # it takes so many times as long
+        self.samples: list[tuple[int, int, float]] = []
         self._spec = spec
         self._queue: list[tuple[str, tuple[Any, ...], Ref]] = []
         self.brought: list[tuple[int, int, str | None]] = []
@@ -176,8 +178,9 @@ class Process:
 
     def _do_ping(self, term: int) -> dict[str, Any]:
         self._obey(term)
+        samples, self.samples = self.samples, []
         return {
-            "samples": [],
+            "samples": samples,
             "queued_pairs": 0,
             "busy_s": self.busy_s,
             "served_since": None,
@@ -359,6 +362,7 @@ class World:
         self.memory = FakeMemory(self.cluster)
         self.now = 1000.0
         self.work = 0.0  # of so many groups; those in the table share it
+        self.timed = False  # ... evenly; if so: as the table divides `control.counts`, with timings
         self.loop = self.controller()
 
     def controller(self) -> ControlLoop:
@@ -388,9 +392,23 @@ class World:
 
     def _compute(self, seconds: float) -> None:
         living = self.cluster.living()
-        serving = [living[g] for g in self.serving() if g in living]
-        for process in serving:
-            process.busy_s += min(self.work / len(serving), 1.0) * seconds
+        serving = {g: living[g] for g in self.serving() if g in living}
+        parts = self._parts() if self.timed else dict.fromkeys(serving, 1 / max(len(serving), 1))
+        for group_id, process in serving.items():
+            part = self.work * parts[group_id] * process.slow
+            process.busy_s += min(part, 1.0) * seconds
+            if self.timed and part:
+                for n in range(20):
+                    pairs, active = 16 + 7 * n % 100, 1 + n % 8
+                    took = (2e-5 * pairs + 1e-4 * active) * process.slow
+                    process.samples.append((pairs, active, took))
+
+    def _parts(self) -> dict[str, float]:
+        """What part of the pairs each group of the table gets."""
+        counts, table = self.control.counts, self.control.tables[-1].table
+        assert counts is not None
+        pairs = np.einsum("le,leg->g", counts, table.share)
+        return dict(zip(table.group_ids, (pairs / pairs.sum()).tolist(), strict=True))
 
     def serving(self) -> set[str]:
         """Ids of the groups that clients send to."""

@@ -648,6 +648,47 @@ def test_so_many_groups_as_the_measured_load_needs(tmp_path: Path) -> None:
     assert w.loop.wanted.intent == before, "and then it rests"
 
 
+def test_a_group_that_gets_slow_loses_load_and_no_group_is_added_for_it(tmp_path: Path) -> None:
+    kinds = [{"count": 3, "min_count": 3, "max_count": 8}]
+    near = {**AUTOSCALE, "high": 0.72}
+    w = world(tmp_path, groups=kinds, slots=7, autoscale=near, plan_interval_s=5)
+    w.turns()
+    w.control.counts = np.full((2, 4), 300, np.int64)
+    w.control.counts[1, 3] = 0
+    w.work, w.timed = 1.6, True
+    w.turns(120)
+    assert len(w.states()) == 3 and max(g.busy for g in w.loop.groups.values()) < 0.7
+    slow = w.cluster.of("g1")
+    slow.slow = 3.0  # its part takes all of its time
+    busiest = []
+    for _ in range(480):  # 2 minutes
+        w.turns(1)
+        busiest.append(w.loop.groups["g1"].busy)
+    assert sum(busy > 0.72 for busy in busiest) > 8, "it was too much for it, for over 2 s"
+    assert w.loop.groups["g1"].speed < 0.5, "which is measured"
+    assert len(w.states()) == 3 and w.served(), "and no reason for another group"
+    assert w.loop.groups["g1"].busy < 0.72, "others have taken over"
+
+
+def test_kinds_are_added_by_their_measured_speed_for_their_price(tmp_path: Path) -> None:
+    kinds = [
+        {"kind": "cheap", "count": 1, "min_count": 1, "max_count": 4, "price": 1.0},
+        {"kind": "fast", "count": 1, "min_count": 1, "max_count": 4, "price": 2.0},
+    ]
+    w = world(tmp_path, groups=kinds, autoscale=AUTOSCALE)
+    w.turns()
+    w.cluster.of("cheap-0").slow = 5.0  # 5 times as slow for half the price
+    w.control.counts = np.full((2, 4), 300, np.int64)
+    w.control.counts[1, 3] = 0
+    w.work, w.timed = 0.2, True
+    w.turns(120)
+    assert len(w.states()) == 2
+    w.work = 1.5
+    w.turns(240)
+    assert len(w.loop.wanted.intent.active("fast")) > 1
+    assert len(w.loop.wanted.intent.active("cheap")) == 1
+
+
 def test_a_fleet_without_any_traffic_shrinks(tmp_path: Path) -> None:
     w = scaling(tmp_path)
     w.work = 1.7

@@ -139,3 +139,51 @@ def test_impossible_settings_are_refused():
         Kind(name="x", speed=0.0, memory_bytes=1)
     with pytest.raises(PlacementError, match="at least one kind"):
         Autoscaler(ScaleConfig(), ())
+
+
+def test_kinds_are_chosen_by_their_measured_speed_for_their_price():
+    spec = fleet(groups=2, layers=3, slots=50, speeds=[4.0, 1.0])
+    named = zip(spec.groups, ("big", "small"), strict=True)
+    spec = replace(spec, groups=tuple(replace(g, kind=kind) for g, kind in named))
+    asked = run(scaler(), spec, 1.2, [0, 10])[1].add
+    assert {name for name, _ in asked} == {"small"}, "as declared: 1 for 1 before 2 for 3"
+    auto = scaler()
+    auto.learn(spec)
+    assert {name for name, _ in run(auto, spec, 1.2, [0, 10])[1].add} == {"big"}, "4 for 3"
+    auto = scaler()
+    auto.learn(spec)
+    rest = replace(spec, groups=spec.groups[1:])
+    auto.learn(rest)  # the last one of the kind has gone: what it did is known
+    assert run(auto, rest, 1.2, [0, 10])[1].add == (("big", 1),)
+    away = scaler()
+    away.learn(spec, away=frozenset({"g0"}))
+    assert away.speed_of(BIG, spec) == BIG.speed
+
+
+def measured(auto, busiest, used, times):
+    spec = fleet(groups=4, slots=20)
+    load, placement = np.full((3, 16), 1.0), place_at_start(spec, experts=16)
+    return [auto.step(spec, load, placement, float(t), measured=busiest, used=used) for t in times]
+
+
+def test_one_busy_group_is_a_matter_of_placement_at_first_and_worth_one_group_later():
+    auto = scaler(uneven_s=60.0, cool_down_s=5.0)
+    decisions = measured(auto, 0.96, 0.5, range(0, 500, 5))
+    added = [(5 * at, d.add) for at, d in enumerate(decisions) if d.add]
+    assert added == [(60, (("small", 1),))], "once, however long it lasts"
+    assert "busiest group stays at 0.96" in decisions[12].why
+    assert "did not help" in " ".join(d.why for d in decisions)
+    # it has helped, but not enough: another one
+    decisions = measured(auto, 0.84, 0.4, range(500, 800, 5))
+    assert sum(bool(d.add) for d in decisions) == 1
+    # all of them are busy: as many as it takes
+    assert measured(auto, 0.96, 0.9, [800, 812])[1].add == (("small", 2),)
+
+
+def test_a_short_time_with_one_busy_group_changes_nothing():
+    auto = scaler(uneven_s=60.0)
+    seen = measured(auto, 1.0, 0.7, range(0, 55, 5)) + measured(auto, 0.75, 0.7, range(55, 300, 5))
+    assert not any(d.add or d.retire for d in seen)
+    assert not any(d.retire for d in measured(auto, 0.5, 0.2, range(300, 500, 5))), (
+        "nor is one retired while the busiest has its part to do"
+    )
