@@ -171,6 +171,8 @@ def _status(args: argparse.Namespace) -> int:
             f"{g['id']:12} {g['state']:9} {g['pid']:8} {g['speed']:6.2f} {g['replicas']:8} "
             f"{g['resident_bytes'] / MIB:6.1f} MiB  {g['node'][:12]}"
         )
+        if g["last_error"]:
+            print(f"{'':12} {g['last_error']}")
     for r in status["routers"]:
         print(f"{r['id']:12} {r['state']:9} {r['pid']:8}  router")
     print(f"{'controller':12} {status['controller']['state']:9} {status['controller']['pid']:8}")
