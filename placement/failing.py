@@ -46,6 +46,10 @@ class Failing:
     _cells: dict[Cell, _Failed] = field(default_factory=dict)
     _groups: dict[str, _Group] = field(default_factory=dict)
 
+    def __bool__(self) -> bool:
+        """Something has failed and not come in since."""
+        return bool(self._cells)
+
     def failed(self, cell: Cell, now: float) -> None:
         """A load ended in an error, from the checkpoint too."""
         seen = self._cells.setdefault(cell, _Failed())

@@ -232,23 +232,30 @@ class Reconciler:
         """What fails to load, and where; whether some of it may be planned there again."""
         ids, failing = snapshot.fleet.ids, self.converger.failing
         failing.only(frozenset(ids) - snapshot.away)  # a new life may run elsewhere
-        before, known = self._barred, self._barred_ids == ids
-        self._barred, self._barred_ids = failing.bars(ids, snapshot.ready, now), ids
-        if before is None or not known:
+        before = self._barred if self._barred_ids == ids else None
+        self._barred_ids = ids
+        self._barred = failing.bars(ids, snapshot.ready, now) if failing else None
+        if before is None:
             return ""
-        return "loads" if (before & ~self._barred & ~snapshot.ready).any() else ""
+        ended = before & ~snapshot.ready
+        if self._barred is not None:
+            ended &= ~self._barred
+        return "loads" if ended.any() else ""
 
     def _closed(self, barred: Bools) -> Bools:
         """What operators do not want somewhere, and what fails to load there."""
-        return barred if self._barred is None else barred | self._barred
+        if self._barred is None or self._barred.shape != barred.shape:
+            return barred
+        closed: Bools = barred | self._barred
+        return closed
 
     def _avoid(self, snapshot: Snapshot) -> None:
         """The target without what fails to load, as far as there is room elsewhere."""
         target, barred, fleet = self.target, self._barred, snapshot.fleet
-        assert self._traffic is not None and barred is not None
         self._stuck = ""
-        if target is None or not (target.resident & barred).any():
+        if target is None or barred is None or not (target.resident & barred).any():
             return
+        assert self._traffic is not None
         closed = snapshot.draining | snapshot.away
         staying = np.array([g not in closed for g in fleet.ids])
         forecast = self._traffic.forecaster.forecast()
