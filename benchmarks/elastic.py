@@ -16,7 +16,7 @@ day      the number of streams rises and falls, a level for `--hour-s`; group-se
          autoscaling and with four groups all the time, and the gaps between tokens of both, over
          all and by level. `--slow` holds for all groups, so that they are busy at all; `--high`,
          `--target` and `--low` are the autoscaler's. Equal latency needs a `--high` not far
-         above what the busiest of the four groups has at the peak (`busy` of the first rows)
+         above what the four groups have at the peak (`busy` of the first rows: of the busiest one)
 
 `--every-s`: each stream asks so often and no more, which is a load that does not grow with the
 speed of what serves it; 0: the next request follows the last.
