@@ -53,7 +53,7 @@ def test_a_group_on_which_nothing_comes_in_takes_nothing_new():
     failing = Failing()
     failing.failed(ONE, 0.0)
     failing.failed(TWO, 0.0)
-    assert bars(failing, 1.0) == [[], [0, 1, 2, 3]] and failing.all_fail("g1", 1.0)
+    assert bars(failing, 1.0) == [[], [0, 1, 2, 3]]
     assert bars(failing, 100.0) == [[], []]
     failing.failed(THREE, 100.0)
     assert bars(failing, 101.0)[1] == [0, 1, 2, 3], "and again, as nothing has come in since"
@@ -61,6 +61,14 @@ def test_a_group_on_which_nothing_comes_in_takes_nothing_new():
     assert bars(failing, 102.0) == [[], []] and failing.troubled("g1")
     failing.only(frozenset({"g0"}))
     assert not failing.troubled("g1"), "a new life of the group starts with a clean slate"
+
+
+def test_a_group_that_cannot_read_the_checkpoint_may_still_copy_from_others():
+    failing = Failing()
+    failing.failed(ONE, 0.0)
+    failing.failed(TWO, 0.0)
+    assert bars(failing, 1.0, served=False) == [[], [0, 1, 2, 3]]
+    assert bars(failing, 1.0) == [[], [0, 1]], "what others serve by then is another matter"
 
 
 def test_one_expert_that_fails_again_and_again_does_not_bar_the_others():
@@ -155,10 +163,20 @@ def test_what_nobody_serves_goes_to_another_group_at_the_first_failure():
     assert len(fake.tried) == tried, "and it is left alone for a while"
 
 
-def test_where_no_other_group_has_room_it_is_tried_again_and_said():
+def test_a_group_that_cannot_read_takes_over_what_it_can_copy_so_that_others_have_room():
     fake, mind = made(fleet(groups=3, layers=2, slots=8))
     run(fake, mind, 0.0, 30)
     fake.bad = {"g1"}
+    fake.lose("g0")
+    run(fake, mind, 30.0, 30)
+    assert fake.ready.any(2).all(), "all 16 on the two that are left, though one cannot read"
+    assert fake.ready[:, :, 0].sum() == 8 == fake.ready[:, :, 1].sum() and mind.missing == ""
+
+
+def test_where_no_other_group_has_room_it_is_tried_again_and_said():
+    fake, mind = made(fleet(groups=3, layers=2, slots=8))
+    run(fake, mind, 0.0, 30)
+    fake.bad, fake.disk_only = {"g1"}, False
     fake.lose("g0")
     run(fake, mind, 30.0, 200)
     assert not fake.ready.any(2).all()
