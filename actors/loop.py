@@ -237,12 +237,14 @@ class ControlLoop:
     def problem(self) -> str:
         """Why some experts cannot be served, or a drain does not end, and what to do; "" when all
         is well, or will be soon."""
+        if not (self.failed or self._placed):
+            return failing(self.groups.values()) or ""
         missing = self.mind.missing
         emptied = ", ".join(g.id for g in self.groups.values() if g.up and g.draining)
         if self.failed or not missing or (self.complete() and not emptied):
             return self.failed or ""
-        failing = self.mind.converger.failing
-        errors = [f"{g.id}: {g.last_error}" for g in self.groups.values() if failing.troubled(g.id)]
+        troubled = self.mind.converger.failing.troubled
+        errors = [f"{g.id}: {g.last_error}" for g in self.groups.values() if troubled(g.id)]
         waits = f"the drain of {emptied} waits: " if self.complete() else ""
         return waits + missing + (f" ({'; '.join(errors)})" if errors else "")
 

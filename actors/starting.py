@@ -20,20 +20,24 @@ def may_place(
     config: DeploymentConfig, spec: ModelSpec, groups: Iterable[LiveGroup], waited_s: float
 ) -> bool:
     """All groups are up, or those that are not are not waited for: they do not answer a restarted
-    controller, or get no resources while the others can hold every expert."""
+    controller, or get no resources, or die again and again, while the others can hold every expert.
+    """
     wanted = [g for g in groups if not g.draining]
     if wanted and all(g.up for g in wanted):
         return True
     if any(g.resident.any() for g in wanted):
-        return waited_s > _ADOPT_S
+        # One that runs may take long to answer, its cores being busy; a table without it would
+        # have clients close their links to it.
+        runs = any(g.was_up and not g.up and not g.deaths for g in wanted)
+        return waited_s > (config.placement.unreachable_s if runs else _ADOPT_S)
     up = tuple(spec_of(g) for g in wanted if g.up)
-    rest_pends = all(g.up or g.state == PENDING for g in wanted)
-    if not up or not rest_pends or waited_s < config.placement.pending_s:
+    hopeless = all(g.up or g.state == PENDING or g.deaths >= _MAX_START_FAILURES for g in wanted)
+    if not up or not hopeless or waited_s < config.placement.pending_s:
         return False
     try:
         place_at_start(fleet_of(config, spec, up))
     except PlacementError:
-        return False  # too small without those that wait for resources
+        return False  # too small without the others
     return True
 
 

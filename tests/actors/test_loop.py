@@ -545,6 +545,37 @@ def test_a_new_controller_finds_a_group_that_does_not_answer(tmp_path: Path, how
     assert w.lives()["g1"] > life and w.states() == {"g0": "ready", "g1": "ready"} and w.served()
 
 
+def test_a_new_controller_waits_for_a_group_that_is_slow_to_answer(tmp_path: Path) -> None:
+    w = world(tmp_path, unreachable_s=10)
+    w.turns()
+    before = len(w.control.tables)
+    w.cluster.of("g1").frozen = True  # its cores are busy
+    w.controller()
+    w.turns(30)  # 7.5 s
+    w.cluster.of("g1").frozen = False
+    w.turns(30)
+    told = w.control.tables[before:]
+    assert told and all(t.table.group_ids == ("g0", "g1") for t in told), "no link is closed"
+
+
+@pytest.mark.parametrize("slots", [4, 3])
+def test_a_group_that_dies_again_and_again_is_not_waited_for_by_a_new_controller(
+    tmp_path: Path, slots: int
+) -> None:
+    w = world(tmp_path, groups=3, slots=slots, pending_s=5)
+    w.controller()
+    for _ in range(160):
+        if "g1" in w.cluster.living():
+            w.cluster.of("g1").die()
+        w.turns(1)
+    if slots == 4:
+        assert w.served() and w.loop.complete()
+    else:
+        assert not w.loop.complete() and "g1 does not start" in w.loop.problem
+        w.turns(80)
+        assert w.served() and not w.loop.problem, "it is waited for after all"
+
+
 def test_a_node_that_is_about_to_go_is_left_before_it_does(tmp_path: Path) -> None:
     w = world(tmp_path, slots=4)  # without another group the rest could not hold all
     w.turns()
