@@ -191,11 +191,11 @@ class ControlLoop:
         )
 
     def _make_way(self, snapshot: Snapshot) -> None:
-        """What nobody serves comes into its new group as fast as it goes, and at once."""
+        """What presses comes into its new group as fast as it goes, and at once."""
         target = self.mind.target
         if target is None:
             return
-        wanted = target.resident & ~snapshot.ready.any(2, keepdims=True)
+        wanted = target.resident & snapshot.pressing[:, :, None] & ~snapshot.ready
         for g in np.flatnonzero(wanted.any((0, 1))):
             if snapshot.fleet.ids[g] in self.groups:
                 self._hands.make_way(snapshot.fleet.ids[g])

@@ -471,7 +471,10 @@ def test_a_frozen_group_is_replaced(tmp_path: Path) -> None:
     assert w.cluster.of("g0").incarnation > life and w.served()
 
 
-def test_copies_that_nobody_waits_for_make_way_when_requests_wait(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dies", [True, False])
+def test_copies_that_nobody_waits_for_make_way_to_those_that_press(
+    tmp_path: Path, dies: bool
+) -> None:
     w = world(tmp_path, groups=3, restore_s=0.5)
     w.turns()
     for group_id in ("g0", "g2"):
@@ -479,9 +482,12 @@ def test_copies_that_nobody_waits_for_make_way_when_requests_wait(tmp_path: Path
     drain(w, "g1")
     w.turns(100)
     assert w.states()["g1"] == "draining" and w.served()
-    w.cluster.of("g1").die()
-    w.turns(20)
-    assert w.served(), "loaded as fast as it goes"
+    if dies:
+        w.cluster.of("g1").die()
+    else:
+        w.cluster.leaving = {w.cluster.of("g1").node}
+    w.turns(30)
+    assert w.served() and w.states()["g1"] == "drained", "loaded as fast as it goes"
     assert w.loop.executor.stats.failed == 0, "to make way is no failure"
 
 
