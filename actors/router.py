@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import tempfile
@@ -114,7 +115,8 @@ class Router:
         began = time.monotonic()
         given = 0
         if self._engine.died is None:
-            await asyncio.to_thread(self._beat)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.to_thread(self._beat), _ASK_S)
             given = await leave(self._stream, self._others, self._config.routers.drain_s)
         seconds = time.monotonic() - began
         log.info("%s leaves after %.1f s, %d requests given away", self.router_id, seconds, given)
@@ -204,11 +206,14 @@ class Router:
 
     async def _others(self) -> bool:
         """Whether another router takes requests, as far as the controller answers."""
+
+        def ask() -> list[dict[str, Any]]:
+            controller = find_controller(self._config.name)  # may wait for ever for Ray's head
+            return list(ray.get(controller.routers.remote(), timeout=_ASK_S))
+
         try:
-            routers = await asyncio.to_thread(
-                lambda: ray.get(find_controller(self._config.name).routers.remote(), timeout=_ASK_S)
-            )
-        except (ValueError, ray.exceptions.RayError):
+            routers = await asyncio.wait_for(asyncio.to_thread(ask), _ASK_S)
+        except (ValueError, TimeoutError, ray.exceptions.RayError):
             return False
         return any(r["state"] == "ready" and r["id"] != self.router_id for r in routers)
 
