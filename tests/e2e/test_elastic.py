@@ -57,10 +57,25 @@ def test_hot_experts_are_replicated_and_the_history_says_why(deployment: Deploym
         plans = deployment.get("/placement/history")["plans"]
         return any(p["realised"] is not None for p in plans)
 
+    def placed() -> set[tuple[int, int, str]]:
+        layers = deployment.get("/placement")["layers"]
+        return {
+            (layer["layer"], expert["expert"], replica["group"])
+            for layer in layers
+            for expert in layer["experts"]
+            for replica in expert["replicas"]
+        }
+
     with Streams(Client(deployment), CODE, 60):
         assert wait_for(replicated, 120)
         assert wait_for(explained, 60)
         assert wait_for(judged, 90)
+        then = placed()
+    with Streams(Client(deployment), BIBLE, 60):  # other experts are wanted now
+        assert wait_for(lambda: bool(then - placed()), 180), "cold copies are dropped"
+        assert {(layer, expert) for layer, expert, _ in placed()} == {
+            (layer, expert) for layer, expert, _ in then
+        }, "and none of them was the last"
     done = run_raymoe("history", "--port", str(deployment.port))
     assert done.returncode == 0 and "plan" in done.stdout, done.stderr
 
