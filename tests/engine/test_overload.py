@@ -5,11 +5,15 @@ Time is counted in steps, so that nothing depends on how fast this machine is.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from raymoe.config import DeploymentConfig, RoutersConfig
 from raymoe.errors import Overloaded
-from tests.engine.support import prompt, request, stock_engine
+from tests.engine.support import Outcome, finish, prompt, request, run, stock_engine
+from tests.engine.test_aside import make
+from tests.zoo import tiny_checkpoint
 
 BATCH, TOKENS, PROMPT = 4, 8, 6
 OFFERED = 3  # requests a step; so many steps serve about half a request
@@ -63,6 +67,32 @@ def steps_alone() -> int:
         engine.step()
         steps += 1
     return steps
+
+
+def test_while_experts_are_missing_new_requests_are_refused_and_those_let_in_wait(
+    tmp_path: Path,
+) -> None:
+    """Those set aside keep their places."""
+    lossy, engine = make(tiny_checkpoint("qwen3_moe", tmp_path), max_batch=2, max_waiting=1)
+    names = ("a", "b", "c")
+    asked = {name: request(name, prompt(PROMPT, n), max_tokens=4) for n, name in enumerate(names)}
+    alone = {}
+    for each in asked.values():
+        alone.update(run(engine, [each]))
+    lossy.away = lossy.asked
+    lossy.asked = set()
+    outcomes = {name: Outcome() for name in names}
+    for name in names:
+        engine.add(asked[name])
+        for _ in range(3):
+            assert engine.step() == []
+        assert engine.load()[0] <= 2
+    for n in range(20):
+        with pytest.raises(Overloaded):
+            engine.add(request(f"more {n}"))
+    lossy.away = set()
+    finish(engine, outcomes)
+    assert outcomes == alone
 
 
 def test_a_request_that_goes_on_from_another_router_is_let_in_beyond_the_limit() -> None:
