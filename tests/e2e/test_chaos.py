@@ -39,9 +39,10 @@ WITHOUT_S = 60.0
 """An expert may be without a live replica for so long while enough groups live: a lost group is
 started again and loads its experts in a few seconds, a frozen one is ended after
 `placement.unreachable_s` (10), on a machine that is not as busy as this one gets."""
-SLACK = Held(sockets=24, descriptors=40, segments=0)
-"""Ray opens connections to new actors and closes some of them late; of ours none may be left, and
-shared memory is only ours."""
+SLACK = Held(sockets=8, descriptors=16, segments=0)
+"""For what Ray opens to new actors. What a proxy keeps open to a gateway for the next request, one
+for each of our streams, it closes after some 20 s without any: that is waited for."""
+LATE_S = 90.0
 
 
 class Chaos:
@@ -206,7 +207,7 @@ def test_streams_outlive_whatever_happens(deployment: Deployment) -> None:
     assert wait_for(lambda: sum(of_routers(chaos, "steps")) > steps, 60)
     assert wait_for(lambda: not any(of_routers(chaos, "kv_used_blocks")), 60), "blocks are held"
     client.close()
-    fine = wait_for(lambda: not grown(before, held(deployment), SLACK), 60)
+    fine = wait_for(lambda: not grown(before, held(deployment), SLACK), LATE_S)
     after = held(deployment)
     survived = before.keys() & after.keys()
     print(f"of {len(before)} processes {len(survived)} lived on:")
