@@ -102,7 +102,9 @@ class ExpertGroup:
         # beside those that serve, and traffic tells how fast it is.
         self._speed = speed or 64 / self._runtime.measure_speed().seconds(64, 8)
         log.info("up, %.3g pairs/s, for %d bytes of experts", self._speed, memory_bytes)
-        self._lease = Lease(checked.placement.orphan_ttl_s, _end_process)
+        self._lease = Lease(
+            checked.placement.orphan_ttl_s, _end_process, lambda: self._runtime.busy_s
+        )
 
     def _surroundings(self) -> dict[str, Any]:
         """What is true of every line that this process logs."""
@@ -320,8 +322,8 @@ def server_config(config: DeploymentConfig, node_address: str) -> ServerConfig:
 
 
 def _end_process() -> None:
-    """Nobody has asked after this group for long: its deployment is gone."""
-    log.warning("no controller has asked after this expert group: it ends")
+    """Nobody has asked after this group for long, or used it: its deployment is gone."""
+    log.warning("no controller has asked after this expert group, no router used it: it ends")
     os._exit(1)
 
 

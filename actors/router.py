@@ -10,6 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,8 +18,10 @@ import ray
 import torch
 
 from actors.controller import ensure_controller, find_controller
+from actors.hung import HungController
 from actors.leaving import leave
 from actors.router_scaling import REQUESTS
+from actors.spawn import place_of
 from raymoe.checkpoint.spec import ModelSpec
 from raymoe.client.stats import ClientStats
 from raymoe.config import DeploymentConfig, read_secret
@@ -96,6 +99,7 @@ class Router:
         self._stream.start()
         # A dead engine's gateways go on elsewhere.
         self._engine.start(self._publish, self._stream.close)
+        self._hung = HungController()
         self._beating = threading.Thread(target=self._beats, name="beats", daemon=True)
         self._beating.start()
 
@@ -198,9 +202,15 @@ class Router:
     def _beat(self) -> None:
         try:
             info = self._info()
-            ray.get(find_controller(self._config.name).router_beat.remote(info), timeout=_ASK_S)
+            controller = find_controller(self._config.name)
+            try:
+                ray.get(controller.router_beat.remote(info), timeout=_ASK_S)
+            except ray.exceptions.GetTimeoutError:
+                self._hung.silent(_ASK_S, partial(place_of, controller))
+            else:
+                self._hung.answered()
         except (ValueError, ray.exceptions.RayError):
-            pass  # it restarts; the next beat tells it again
+            self._hung.answered()  # it restarts; the next beat tells it again
         except Exception:
             log.exception("a beat of %s failed", self.router_id)
 

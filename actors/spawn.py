@@ -84,6 +84,14 @@ def kill_process(pid: int, named: str) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
+def kill_anywhere(node: str, pid: int, named: str) -> None:
+    """`kill_process`, on whatever node."""
+    if node == str(ray.get_runtime_context().get_node_id()):
+        kill_process(pid, named)
+    else:
+        kill_on(node, pid, named)
+
+
 def kill_on(node: str, pid: int, named: str) -> None:
     """`kill_process` on another node, soon: not waited for."""
     where = NodeAffinitySchedulingStrategy(node, soft=False)

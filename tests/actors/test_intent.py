@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 
 import numpy as np
@@ -97,7 +98,7 @@ def test_a_router_that_never_acknowledges_is_left_behind() -> None:
     assert behind.drained((1, 5), ("r1",), 0.0) == 0
     assert behind.drained((1, 5), ("r1",), 9.9) == 0
     assert behind.drained((1, 5), ("r1",), 10.0) == 5
-    assert behind.drained((1, 6), ("r1",), 10.1) == 0, "each table has its own time"
+    assert behind.drained((1, 6), ("r1",), 10.1) == 6, "one that is stuck is waited for once"
     assert behind.drained((1, 6), (), 10.2) == 6
 
 
@@ -111,3 +112,17 @@ def test_a_lease_ends_what_nobody_renews() -> None:
     other.renew()
     other.close()
     assert not kept.is_set()
+
+
+def test_a_lease_goes_on_while_there_is_use() -> None:
+    uses, ended = itertools.count(), threading.Event()
+    stopped = threading.Event()
+
+    def used() -> float:
+        return 0.0 if stopped.is_set() else float(next(uses))
+
+    lease = Lease(0.02, ended.set, used)
+    assert not ended.wait(0.3)
+    stopped.set()
+    assert ended.wait(30)
+    lease.close()
