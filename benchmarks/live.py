@@ -220,8 +220,11 @@ class Load:
         turn = number
         due = time.monotonic() + self._every_s * number / self._streams
         while not self._stop.is_set():
-            if number >= self.active or time.monotonic() < due:
-                await asyncio.sleep(min(0.1, max(0.0, due - time.monotonic())) or 0.1)
+            now = time.monotonic()
+            if number >= self.active or now < due:
+                while self._every_s and number >= self.active and due < now:
+                    due += self._every_s  # its turns meanwhile are not made up for
+                await asyncio.sleep(min(0.1, max(0.0, due - now)) or 0.1)
                 continue
             due += self._every_s
             domain = self.domains[turn % len(self.domains)]
