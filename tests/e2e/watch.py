@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import os
 import threading
 import time
-import urllib.error
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -44,8 +44,11 @@ class Watch:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        watching = self._thread.is_alive()
         self._stop.set()
         self._thread.join(60)
+        if error is None:
+            assert watching, "nobody looked to the end: see the thread's traceback"
 
     def _run(self) -> None:
         last = None
@@ -53,7 +56,7 @@ class Watch:
             try:
                 groups = self._deployment.get("/status")["groups"]
                 layers = self._deployment.get("/placement")["layers"]
-            except (urllib.error.URLError, OSError):  # the controller is away: nobody can tell
+            except (OSError, http.client.HTTPException):  # the controller is away: nobody can tell
                 last = None
                 continue
             now = time.monotonic()
